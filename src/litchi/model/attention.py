@@ -1,0 +1,133 @@
+"""Who reads whom: one visibility rule, as a dense mask (the oracle), by rows, for FlexAttention, and over pages.
+
+A token reads its own span, and every earlier readable span of its document. Causal text, bidirectional pictures, noised
+training copies and packed documents all follow from that one sentence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from litchi.model.cache import Columns, KVCache
+from litchi.schema.sequence import Batch
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""q (T, H, K), k (M, G, K), v (M, G, K) -> (T, H, K)."""
+
+
+def visible(q_doc, k_doc, q_span, k_span, k_readable):
+    """The rule. All arguments broadcast; the answer is True where the query may read the key."""
+    return (q_doc == k_doc) & ((k_span == q_span) | ((k_span < q_span) & k_readable))
+
+
+def attention_for(batch: Batch, cache: KVCache | None) -> Attend:
+    """The form that suits a batch: against a cache dense, laid out in rows by row, otherwise flex (GPU) or dense."""
+    q = Columns.of(batch)
+    if cache is not None:
+        return partial(attend_dense, mask_TM=dense_mask(q, cache.admit(batch)))
+    if batch.row:
+        return partial(attend_rows, mask_RWW=row_masks(q, batch.row))
+    if batch.tokens.is_cuda:
+        return flex_attend(q, q)
+    return partial(attend_dense, mask_TM=dense_mask(q, q))
+
+
+# ---- dense: the oracle --------------------------------------------------------------------------------------------
+
+
+def dense_mask(q: Columns, k: Columns) -> Bool[Tensor, "T M"]:
+    return visible(q.docs[:, None], k.docs[None], q.spans[:, None], k.spans[None], k.readable[None])
+
+
+def attend_dense(q_THK: Tensor, k_MGK: Tensor, v_MGK: Tensor, *, mask_TM: Bool[Tensor, "T M"]) -> Tensor:
+    q, k, v = (x.transpose(0, 1)[None] for x in (q_THK, *match_heads(q_THK, k_MGK, v_MGK)))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_TM)[0].transpose(0, 1)
+
+
+def match_heads(q_THK: Tensor, k_MGK: Tensor, v_MGK: Tensor) -> tuple[Tensor, Tensor]:
+    """Repeat each key-value head for the query heads that share it."""
+    times = q_THK.shape[1] // k_MGK.shape[1]
+    return (k_MGK, v_MGK) if times == 1 else (k_MGK.repeat_interleave(times, 1), v_MGK.repeat_interleave(times, 1))
+
+
+# ---- by rows: training --------------------------------------------------------------------------------------------
+
+
+def row_masks(columns: Columns, row: int) -> Float[Tensor, "R 1 W W"]:
+    """One additive mask a row; no document crosses a row, so that nothing outside it is visible."""
+    docs, spans, readable = (x.view(-1, row) for x in (columns.docs, columns.spans, columns.readable))
+    seen = visible(docs[:, :, None], docs[:, None], spans[:, :, None], spans[:, None], readable[:, None])
+    return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, float("-inf"))[:, None]
+
+
+def attend_rows(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, *, mask_RWW: Float[Tensor, "R 1 W W"]) -> Tensor:
+    """R times W squared instead of T squared. On CPU in fp32 always: bf16 is slower there. oracle: attend_dense"""
+    row = mask_RWW.shape[-1]
+    q, k, v = (x.unflatten(0, (-1, row)).transpose(1, 2) for x in (q_THK, *match_heads(q_THK, k_TGK, v_TGK)))
+    if q.is_cuda:
+        o_RHWK = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_RWW.to(q.dtype))
+    else:
+        with torch.autocast("cpu", enabled=False):
+            o_RHWK = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask_RWW)
+    return o_RHWK.transpose(1, 2).flatten(0, 1)
+
+
+# ---- FlexAttention: GPU -------------------------------------------------------------------------------------------
+
+
+def mask_mod(q: Columns, k: Columns) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The rule in FlexAttention's form: a predicate over indices."""
+
+    def predicate(_batch: Tensor, _head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return visible(q.docs[i], k.docs[j], q.spans[i], k.spans[j], k.readable[j])
+
+    return predicate
+
+
+def flex_attend(q: Columns, k: Columns) -> Attend:
+    """Block-sparse on GPU. FlexAttention has no backward on CPU, where it serves as a check. oracle: attend_dense"""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    T, M = q.docs.shape[0], k.docs.shape[0]
+    block_mask = create_block_mask(mask_mod(q, k), None, None, T, M, device=q.docs.device.type)
+    compiled = torch.compile(flex_attention, dynamic=False) if q.docs.is_cuda else flex_attention
+
+    def attend(q_THK: Tensor, k_MGK: Tensor, v_MGK: Tensor) -> Tensor:
+        q_, k_, v_ = (x.transpose(0, 1)[None] for x in (q_THK, k_MGK, v_MGK))
+        gqa = q_THK.shape[1] != k_MGK.shape[1]
+        return compiled(q_, k_, v_, block_mask=block_mask, enable_gqa=gqa)[0].transpose(0, 1)
+
+    return attend
+
+
+# ---- pages: serving -----------------------------------------------------------------------------------------------
+
+
+def attend_pages(
+    q_THK: Tensor,
+    k_pages: Float[Tensor, "P page G K"],
+    v_pages: Float[Tensor, "P page G K"],
+    tables: list[Int[Tensor, "pages"]],
+    q: Columns,
+    k: list[Columns],
+) -> Tensor:
+    """Each document's keys lie in the pages that its table names, in order. oracle: attend_dense
+
+    `tables[d]` and `k[d]` belong to document d of the queries; the last page may be partly filled: `k[d]` says how far.
+    """
+    out = torch.empty_like(q_THK)
+    for doc, (table, columns) in enumerate(zip(tables, k, strict=True)):
+        rows = (q.docs == doc).nonzero()[:, 0]
+        if not len(rows):
+            continue
+        length = columns.docs.shape[0]
+        keys, values = (pages[table].flatten(0, 1)[:length] for pages in (k_pages, v_pages))
+        asked = Columns(q.docs[rows], q.spans[rows], q.readable[rows])
+        out[rows] = attend_dense(q_THK[rows], keys, values, mask_TM=dense_mask(asked, columns))
+    return out

@@ -1,0 +1,300 @@
+"""The network: every modality meets on one token axis; ways in and heads differ, the trunk does not.
+
+T packed tokens, D width, H query heads, G key-value heads, K head width, F MLP width, N vectors of one modality,
+C their channels or digits, L levels of a digit. Submodules carry Hugging Face's names (the trunk is Qwen3's), so that
+weights travel. Training, prefill, decode and denoising are the same `forward`.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from litchi.model.attention import Attend, attention_for
+from litchi.model.cache import KVCache
+from litchi.model.rope import rotate, rotations
+from litchi.model.vision import Tower, VisionTower
+from litchi.schema.arrays import MASK
+from litchi.schema.sequence import Batch, Modality, Vectors
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """Vectors of discrete digits, corrupted by hiding digits; the head is one softmax a digit."""
+
+    digits: int
+    levels: int
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """Continuous vectors, corrupted by noise (flow matching); the head predicts the clean value."""
+
+    channels: int
+
+
+Kind = Mask | Flow | Tower
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Sizes of the one network. `experts=2` gives every layer a second set of weights for what is generated in spans."""
+
+    vocab_size: int
+    width: int = 192
+    num_layers: int = 6
+    num_heads: int = 6
+    num_kv_heads: int = 6
+    head_width: int = 32
+    mlp_width: int = 512
+    modalities: dict[str, Kind] = field(default_factory=dict)
+    """`Modality` value -> how its vectors are read and written."""
+    experts: int = 1
+    theta: float = 10_000.0
+    qk_norm: bool = True
+    tied: bool = True
+    """Whether the language head is the embedding table."""
+    epsilon: float = 1e-6
+    grid: int = 16
+    """Rows and columns of the table that places vectors within their picture."""
+
+
+class Norm(nn.Module):
+    """RMSNorm over the last dimension."""
+
+    def __init__(self, width: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.epsilon)
+
+
+class Attention(nn.Module):
+    """The projections of one expert; who reads whom is decided outside."""
+
+    def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
+        self.head_width = c.head_width
+        self.q_proj = nn.Linear(c.width, c.num_heads * c.head_width, bias=False)
+        self.k_proj = nn.Linear(c.width, c.num_kv_heads * c.head_width, bias=False)
+        self.v_proj = nn.Linear(c.width, c.num_kv_heads * c.head_width, bias=False)
+        self.o_proj = nn.Linear(c.num_heads * c.head_width, c.width, bias=False)
+        self.q_norm = Norm(c.head_width, c.epsilon) if c.qk_norm else nn.Identity()
+        self.k_norm = Norm(c.head_width, c.epsilon) if c.qk_norm else nn.Identity()
+
+    def project(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (p(x_TD).unflatten(-1, (-1, self.head_width)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        return self.q_norm(q), self.k_norm(k), v
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(c.width, c.mlp_width, bias=False)
+        self.up_proj = nn.Linear(c.width, c.mlp_width, bias=False)
+        self.down_proj = nn.Linear(c.mlp_width, c.width, bias=False)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+
+
+class Expert(nn.Module):
+    """One full set of a layer's weights."""
+
+    def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = Norm(c.width, c.epsilon)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = Norm(c.width, c.epsilon)
+        self.mlp = MLP(c)
+
+    def read(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.self_attn.project(self.input_layernorm(x_TD))
+
+    def write(self, x_TD: Tensor, o_TO: Tensor) -> Tensor:
+        x_TD = x_TD + self.self_attn.o_proj(o_TO)
+        return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+
+
+class Layer(nn.Module):
+    """One or two experts with joint attention: each token uses its expert's weights, all tokens read each other."""
+
+    def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(Expert(c) for _ in range(c.experts))
+
+    def forward(
+        self,
+        x_TD: Tensor,
+        *,
+        index: int,
+        rotation: tuple[Tensor, Tensor],
+        attend: Attend,
+        route: Sequence[Tensor],
+        cache: KVCache | None,
+    ) -> Tensor:
+        if len(self.experts) == 1:
+            q, k, v = self.experts[0].read(x_TD)
+        else:
+            q, k, v = (rejoin(p, route) for p in zip(*(e.read(x_TD[r]) for e, r in self.routed(route)), strict=True))
+        q, k = rotate(q, rotation), rotate(k, rotation)
+        if cache is not None:
+            k, v = cache.extend(index, k, v)
+        o_TO = attend(q, k, v).flatten(1)
+        if len(self.experts) == 1:
+            return self.experts[0].write(x_TD, o_TO)
+        return rejoin([e.write(x_TD[r], o_TO[r]) for e, r in self.routed(route)], route)
+
+    def routed(self, route: Sequence[Tensor]) -> zip:
+        return zip(self.experts, route, strict=True)
+
+
+def rejoin(pieces: Sequence[Tensor], route: Sequence[Tensor]) -> Tensor:
+    """Put the rows that experts worked on back where they came from."""
+    return torch.cat(list(pieces))[torch.cat(list(route)).argsort()]
+
+
+class Reader(nn.Module):
+    """Vectors of one modality into the trunk's width: what they hold, how clean they are, where they lie."""
+
+    def __init__(self, kind: Kind, c: ModelConfig) -> None:
+        super().__init__()
+        self.kind, self.grid = kind, c.grid
+        match kind:
+            case Mask(digits, levels):
+                self.table = nn.Embedding(digits * (levels + 1), c.width)
+                first = torch.arange(digits) * (levels + 1)
+                self.register_buffer("first", first, persistent=False)
+            case Flow(channels):
+                self.value = nn.Linear(channels, c.width)
+            case Tower():
+                self.tower = VisionTower(kind, c.width)
+        self.place = nn.Embedding(2 * c.grid, c.width)
+        self.time = nn.Linear(len(HARMONICS), c.width, bias=False)
+
+    def forward(self, v: Vectors, picture_N: Int[Tensor, "N"], place_N2: Int[Tensor, "N 2"]) -> Float[Tensor, "N D"]:
+        match self.kind:
+            case Mask(levels=levels):
+                digit_NC = torch.where(v.value == MASK, levels, v.value).long()
+                x_ND = self.table(digit_NC + self.first).sum(1)
+            case Flow():
+                x_ND = self.value(v.value)
+            case Tower():
+                return self.tower(v.value, picture_N, place_N2)
+        offset = torch.tensor([0, self.grid], device=place_N2.device)
+        harmonic = torch.tensor(HARMONICS, device=v.time.device) * v.time[:, None]
+        return x_ND + self.place(place_N2 + offset).sum(1) + self.time(harmonic.cos())
+
+
+HARMONICS = tuple(math.pi * f for f in (0.5, 1.0, 2.0, 4.0))
+"""Frequencies at which a vector's time is read."""
+
+
+class Model(nn.Module):
+    """Tokens and vectors in, hidden states out; `logits` and `clean` are the ways to read them."""
+
+    def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
+        self.config = c
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.width)
+        self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_layers))
+        self.norm = Norm(c.width, c.epsilon)
+        self.readers = nn.ModuleDict({m: Reader(kind, c) for m, kind in c.modalities.items()})
+        self.writers = nn.ModuleDict({m: nn.Linear(c.width, n) for m, n in outputs(c).items()})
+        if not c.tied:
+            self.lm_head = nn.Linear(c.width, c.vocab_size, bias=False)
+
+    def forward(self, batch: Batch, cache: KVCache | None = None) -> Float[Tensor, "T D"]:
+        """Hidden states (T, D) of a batch, after everything in `cache`, to which the batch is added."""
+        x_TD = self.embed(batch)
+        attend = attention_for(batch, cache)
+        rotation = rotations(batch.positions, self.config.head_width, self.config.theta)
+        route = self.route(batch)
+        for index, layer in enumerate(self.layers):
+            x_TD = layer(x_TD, index=index, rotation=rotation, attend=attend, route=route, cache=cache)
+        return self.norm(x_TD)
+
+    def embed(self, batch: Batch) -> Float[Tensor, "T D"]:
+        """Ids through the table, vectors over their placeholders."""
+        x_TD = self.embed_tokens(batch.tokens)
+        for modality, v in batch.vectors.items():
+            picture_N = picture_numbers(batch.docs[v.index], batch.spans[v.index])
+            place_N2 = (batch.positions[v.index, 1:] - batch.positions[v.index, :1]) + self.config.grid // 2
+            place_N2 = place_N2.clamp(0, self.config.grid - 1)
+            x_TD = x_TD.index_copy(0, v.index, self.readers[modality](v, picture_N, place_N2).to(x_TD.dtype))
+        return x_TD
+
+    def route(self, batch: Batch) -> list[Tensor]:
+        """Which tokens each expert works on: text and understanding first, what is generated in spans second."""
+        spans_T = torch.zeros_like(batch.tokens, dtype=torch.bool)
+        for modality, v in batch.vectors.items():
+            if modality != Modality.VISION:
+                spans_T[v.index] = True
+        return [(~spans_T).nonzero()[:, 0], spans_T.nonzero()[:, 0]]
+
+    def logits(self, x_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T V"]:
+        """Scores of the next token."""
+        return F.linear(x_TD, self.embed_tokens.weight) if self.config.tied else self.lm_head(x_TD)
+
+    def clean(self, x_ND: Float[Tensor, "N D"], modality: str) -> Tensor:
+        """What the vectors are without corruption: digit scores (N, C, L) for masks, values (N, C) for flows."""
+        y = self.writers[modality](x_ND)
+        match self.config.modalities[modality]:
+            case Mask(digits, levels):
+                return y.unflatten(-1, (digits, levels))
+            case _:
+                return y
+
+
+def outputs(c: ModelConfig) -> dict[str, int]:
+    """How many numbers the head of each modality that can be generated writes."""
+    sizes = {}
+    for modality, kind in c.modalities.items():
+        match kind:
+            case Mask(digits, levels):
+                sizes[modality] = digits * levels
+            case Flow(channels):
+                sizes[modality] = channels
+            case Tower():
+                pass
+    return sizes
+
+
+def picture_numbers(docs_N: Tensor, spans_N: Tensor) -> Int[Tensor, "N"]:
+    """One number for each (document, span) pair."""
+    return docs_N * (int(spans_N.max()) + 1 if len(spans_N) else 1) + spans_N
+
+
+def initialise(model: Model, seed: int) -> None:
+    """Weights from (seed, parameter name) alone, so that no layout or order of construction can change them.
+
+    Matrices are normal with deviation 0.02, those that write to the residual stream smaller by sqrt(2 layers), heads of
+    vectors zero.
+    """
+    scale = 1 / math.sqrt(2 * model.config.num_layers)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+            if name.startswith("writers.") or name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.dim() < 2:
+                parameter.fill_(1.0)
+            else:
+                writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+                value = torch.randn(parameter.shape, generator=generator) * 0.02
+                parameter.copy_(value * scale if writes else value)
+
+
+def count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())

@@ -1,0 +1,117 @@
+"""What is learned: the next token where a label stands, and the clean vector where a span was corrupted.
+
+A loss is sums and weights per modality, so that documents, microbatches and ranks add up exactly; it is divided once,
+by the global weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from litchi.model.network import Flow, Mask, Model
+from litchi.schema.arrays import IGNORE, MASK
+from litchi.schema.sequence import Batch, Modality, Vectors
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """Weighted sums and their weights, by modality."""
+
+    total: dict[str, Tensor]
+    weight: dict[str, Tensor]
+
+    def __add__(self, other: Loss) -> Loss:
+        return Loss(add(self.total, other.total), add(self.weight, other.weight))
+
+    def means(self) -> dict[str, float]:
+        return {m: float(self.total[m].detach() / self.weight[m]) for m in self.total if float(self.weight[m]) > 0}
+
+    def over(self, weight: Mapping[str, float], scale: Mapping[str, float]) -> Tensor:
+        """The scalar to differentiate: each modality's sum over its global weight, times its scale (1 if not named)."""
+        terms = [self.total[m] * (scale.get(m, 1.0) / weight[m]) for m in self.total if weight.get(m, 0) > 0]
+        return torch.stack(terms).sum()
+
+
+def add(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {m: a[m] + b[m] if m in a and m in b else (a[m] if m in a else b[m]) for m in {**a, **b}}
+
+
+def objective(model: Model, batch: Batch, generator: torch.Generator) -> Loss:
+    """Corrupt the batch, read it, and sum what the model got wrong. `generator` lives on the CPU, whatever the device."""
+    return loss_of(model, batch, corrupt(model, batch, generator))
+
+
+def loss_of(model: Model, batch: Batch, corrupted: Batch) -> Loss:
+    """The loss of reading `corrupted` where `batch` is the truth."""
+    x_TD = model(corrupted)
+    labelled = supervised_labels(batch)
+    nll = F.cross_entropy(model.logits(x_TD[labelled]).float(), batch.labels[labelled], reduction="none")
+    total = {str(Modality.TEXT): (nll * batch.weights[labelled]).sum()}
+    for modality, v in batch.vectors.items():
+        if modality in model.writers:
+            total[modality] = span_loss(model, x_TD, modality, v, corrupted.vectors[modality])
+    weight = weights_of(model, batch, corrupted)
+    return Loss(total, {m: torch.tensor(weight[m]) for m in total})
+
+
+def weights_of(model: Model, batch: Batch, corrupted: Batch) -> dict[str, float]:
+    """The weight of each modality's loss, known before anything is read."""
+    weight = {str(Modality.TEXT): float(batch.weights[supervised_labels(batch)].sum())}
+    for modality, v in batch.vectors.items():
+        if modality in model.writers:
+            weight[modality] = float(row_weights(model, modality, v, corrupted.vectors[modality]).sum())
+    return weight
+
+
+def supervised_labels(batch: Batch) -> Tensor:
+    return (batch.labels != IGNORE) & (batch.weights > 0)
+
+
+def row_weights(model: Model, modality: str, v: Vectors, noised: Vectors) -> Tensor:
+    """Each row's weight times the number of things to guess in it: hidden digits of a mask, one vector of a flow."""
+    match model.config.modalities[modality]:
+        case Mask():
+            return v.weight * (noised.value == MASK).sum(1)
+        case _:
+            return v.weight
+
+
+def corrupt(model: Model, batch: Batch, generator: torch.Generator) -> Batch:
+    """Noise or hide the vectors whose time is before 1; clean rows pass untouched."""
+    vectors: dict[Modality, Vectors] = {}
+    for modality, v in batch.vectors.items():
+        time = v.time[:, None]
+        match model.config.modalities[modality]:
+            case Mask():
+                keep = torch.rand(v.value.shape, generator=generator).to(time.device) < time
+                value = torch.where(keep, v.value, MASK)
+            case Flow():
+                noise = torch.randn(v.value.shape, generator=generator).to(time.device)
+                value = time * v.value + (1 - time) * noise
+            case _:
+                value = v.value
+        vectors[modality] = replace(v, value=value)
+    return replace(batch, vectors=vectors)
+
+
+def span_loss(model: Model, x_TD: Tensor, modality: str, v: Vectors, noised: Vectors) -> Tensor:
+    """The sum of one modality: cross-entropy of hidden digits, or error of the velocity (flow matching).
+
+    With x predicted, the error of the velocity is that of x over (1 - t) squared; (1 - t) is bounded at 0.1.
+    """
+    rows = v.weight > 0
+    guess = model.clean(x_TD[v.index[rows]], modality).float()
+    weight = v.weight[rows]
+    match model.config.modalities[modality]:
+        case Mask():
+            hidden = noised.value[rows] == MASK
+            nll = F.cross_entropy(guess[hidden], v.value[rows][hidden].long(), reduction="none")
+            return (nll * weight[:, None].expand_as(hidden)[hidden]).sum()
+        case _:
+            error = (guess - v.value[rows]).square().mean(1) / (1 - v.time[rows]).clamp_min(0.1).square()
+            return (error * weight).sum()

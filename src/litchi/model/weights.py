@@ -1,0 +1,235 @@
+"""A checkpoint is one folder: safetensors with Hugging Face's names, the processor, and golden logits to check a load.
+
+    model/config.json  model/model.safetensors      the network
+    processor/tokenizer.json  processor.json  codec.safetensors
+    run.json                                        the exact Run, if a run wrote it
+    meta.json                                       what this is, SHA-256 of each file, golden logits
+
+No pickle anywhere: a load runs no code from the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from litchi.config import BadInput, from_json, to_json
+from litchi.model.codec import CodecConfig, TileCodec, build_codec
+from litchi.model.network import Mask, Model, ModelConfig
+from litchi.schema.processor import Noising, Processor, Space
+from litchi.schema.sequence import Modality, TokenSequence, Vectors, pack
+from litchi.schema.tokenizer import Tokenizer
+
+FORMAT = 1
+GOLDEN_TOLERANCE = 2e-3
+"""Largest difference of golden logits in fp32; machines differ in the order of their sums."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessorConfig:
+    """All of a processor that is not weights."""
+
+    codec: CodecConfig | None
+    spaces: dict[str, Space]
+    noising: Noising = Noising()
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What a folder holds, loaded."""
+
+    model: Model
+    processor: Processor
+    meta: dict
+    folder: Path
+
+
+# ---- writing ------------------------------------------------------------------------------------------------------
+
+
+def save(
+    folder: Path,
+    model: Model,
+    processor: Processor,
+    *,
+    meta: Mapping[str, object],
+    run: str = "",
+    dtype: torch.dtype = torch.float32,
+    extra: Mapping[str, Mapping[str, Tensor]] | None = None,
+) -> None:
+    """Write a checkpoint beside `folder` and rename it into place, so that a torn one is never seen.
+
+    `extra` are further safetensors files by relative path: what resuming needs.
+    """
+    draft = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(draft, ignore_errors=True)
+    (draft / "model").mkdir(parents=True)
+    weights = {to_hugging_face(name): t.detach().to("cpu", dtype).contiguous() for name, t in model.state_dict().items()}
+    save_file(weights, draft / "model" / "model.safetensors", metadata={"format": "pt"})
+    (draft / "model" / "config.json").write_text(to_json(model.config))
+    save_processor(draft / "processor", processor)
+    if run:
+        (draft / "run.json").write_text(run)
+    for path, tensors in (extra or {}).items():
+        (draft / path).parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, draft / path)
+    stored = Model(model.config)
+    stored.load_state_dict({from_hugging_face(name): t.float() for name, t in weights.items()})
+    files = {str(p.relative_to(draft)): digest(p) for p in sorted(draft.rglob("*")) if p.is_file()}
+    whole = {"format": FORMAT, **meta, "golden": golden(stored), "files": files}
+    (draft / "meta.json").write_text(json.dumps(whole, indent=1))
+    for path in draft.rglob("*"):
+        if path.is_file():
+            flush(path)
+    replace_folder(draft, folder)
+
+
+def save_processor(folder: Path, processor: Processor) -> None:
+    folder.mkdir(parents=True)
+    processor.tokenizer.save(folder / "tokenizer.json")
+    codec = processor.codec
+    config = ProcessorConfig(getattr(codec, "config", None), processor.spaces, processor.noising)
+    (folder / "processor.json").write_text(to_json(config))
+    if isinstance(codec, nn.Module):
+        save_file({k: v.contiguous() for k, v in codec.state_dict().items()}, folder / "codec.safetensors")
+
+
+def replace_folder(draft: Path, folder: Path) -> None:
+    """Put `draft` where `folder` is, by renames; a kill in between leaves the old one under a name that `restore` finds."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    draft.rename(folder)
+    flush(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# ---- reading ------------------------------------------------------------------------------------------------------
+
+
+def load(folder: Path, *, check: bool = True) -> Checkpoint:
+    """Read a checkpoint in fp32. Raises BadInput, naming the file and the mend, if anything is missing or changed."""
+    meta = read_meta(folder)
+    if check:
+        check_files(folder, meta)
+    model = Model(from_json(ModelConfig, (folder / "model" / "config.json").read_text()))
+    weights = load_tensors(folder / "model" / "model.safetensors")
+    named = {from_hugging_face(name): t.float() for name, t in weights.items()}
+    try:
+        model.load_state_dict(named)
+    except RuntimeError as error:
+        raise BadInput(f"{folder}: weights and config.json do not fit: {' '.join(str(error).split())[:300]}") from error
+    if check and (gap := golden_gap(golden(model), meta["golden"])) > GOLDEN_TOLERANCE:
+        raise BadInput(f"{folder}: golden logits differ by {gap:.2g}: the weights are not those that were saved")
+    return Checkpoint(model.eval(), load_processor(folder / "processor"), meta, folder)
+
+
+def read_meta(folder: Path) -> dict:
+    path = folder / "meta.json"
+    if not path.is_file():
+        raise BadInput(f"{folder} is no checkpoint: it has no meta.json; name a folder that `litchi train` wrote")
+    try:
+        meta = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} is not JSON ({error}): copy the checkpoint again") from error
+    if meta.get("format") != FORMAT:
+        raise BadInput(f"{path}: format {meta.get('format')!r}, this version reads {FORMAT}: update litchi")
+    return meta
+
+
+def check_files(folder: Path, meta: dict) -> None:
+    for name, expected in meta["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise BadInput(f"{folder}: {name} is missing: copy the checkpoint again")
+        if digest(path) != expected:
+            raise BadInput(f"{path} has changed since it was saved (SHA-256 differs): copy the checkpoint again")
+
+
+def load_processor(folder: Path) -> Processor:
+    config = from_json(ProcessorConfig, (folder / "processor.json").read_text())
+    codec = None if config.codec is None else build_codec(config.codec)
+    if isinstance(codec, TileCodec):
+        codec.load_state_dict(load_tensors(folder / "codec.safetensors"))
+    return Processor(Tokenizer.load(folder / "tokenizer.json"), codec, config.spaces, config.noising)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, FileNotFoundError) as error:
+        raise BadInput(f"{path} cannot be read ({error}): copy the checkpoint again") from error
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# ---- names --------------------------------------------------------------------------------------------------------
+
+
+def to_hugging_face(name: str) -> str:
+    """The trunk under Qwen3's names; a second expert's weights end in `_moe_gen`, as BAGEL has them."""
+    parts = name.split(".")
+    if parts[0] == "layers":
+        expert, rest = int(parts[3]), parts[4:]
+        suffix = "_moe_gen" if expert else ""
+        rest[-2] += suffix
+        return ".".join(["model", "layers", parts[1], *rest])
+    return f"model.{name}" if parts[0] in ("embed_tokens", "norm") else name
+
+
+def from_hugging_face(name: str) -> str:
+    parts = name.split(".")
+    if parts[:2] == ["model", "layers"]:
+        expert = int(parts[-2].endswith("_moe_gen"))
+        parts[-2] = parts[-2].removesuffix("_moe_gen")
+        return ".".join(["layers", parts[2], "experts", str(expert), *parts[3:]])
+    return name.removeprefix("model.")
+
+
+# ---- golden logits ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def golden(model: Model) -> list[float]:
+    """Sixteen scores after a fixed document of text and, where the model reads codes, a picture."""
+    c, count = model.config, 12
+    tokens = torch.arange(1, count + 1) * 7919 % c.vocab_size
+    positions = torch.arange(count)[:, None].expand(-1, 3).contiguous()
+    vectors = {}
+    match c.modalities.get(Modality.IMAGE):
+        case Mask(digits, levels):
+            index = torch.arange(4, 8)
+            value = (torch.arange(4 * digits) * 31 % levels).float().view(4, digits)
+            vectors[Modality.IMAGE] = Vectors(index, value, torch.ones(4), torch.zeros(4))
+    spans = torch.tensor([0, 1, 2, 3, 4, 4, 4, 4, 5, 6, 7, 8])
+    ones = torch.ones(count, dtype=torch.bool)
+    document = TokenSequence(tokens, torch.full((count,), -100), torch.zeros(count), positions, spans, ones, vectors)
+    was = model.training
+    scores = model.eval().logits(model(pack([document])))[-1]
+    model.train(was)
+    return [round(float(x), 6) for x in scores[:16]]
+
+
+def golden_gap(found: list[float], expected: list[float]) -> float:
+    return max(abs(a - b) for a, b in zip(found, expected, strict=True))

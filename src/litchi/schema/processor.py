@@ -1,0 +1,242 @@
+"""The one place where modality is dispatched on the way in: samples to token sequences, by one walk over the parts.
+
+A turn is `<|role|>` parts `<|end|>`; parts without a role stand bare. A picture is `<|image|>` and one span of
+placeholders with codec rows over them. A picture to learn is two spans at the same positions: a noised copy that nothing
+later reads, and then the clean copy, so that training sees exactly the context that serving has.
+"""
+
+from __future__ import annotations
+
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from litchi.config import BadInput
+from litchi.schema.arrays import IGNORE
+from litchi.schema.protocol import Codec
+from litchi.schema.sample import Action, Image, Part, Role, Sample, Text, Video
+from litchi.schema.sequence import Modality, TokenSequence, Vectors
+from litchi.schema.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Discrete:
+    """A space of named actions, each one control token."""
+
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Continuous:
+    """A space of real vectors, normalised by the mean and deviation of the training data, padded to `channels`."""
+
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+    channels: int
+    chunk: int = 1
+    """Actions in one chunk."""
+
+    def normalise(self, values: np.ndarray) -> Tensor:
+        scaled = (values - np.array(self.mean, np.float32)) / np.array(self.deviation, np.float32)
+        return torch.from_numpy(np.pad(scaled, ((0, 0), (0, self.channels - scaled.shape[1]))).astype(np.float32))
+
+    def restore(self, rows: Tensor) -> np.ndarray:
+        scaled = rows[:, : len(self.mean)].float().numpy()
+        return (scaled * np.array(self.deviation, np.float32) + np.array(self.mean, np.float32)).astype(np.float32)
+
+
+Space = Discrete | Continuous
+
+
+def action_token(space: str, index: int) -> str:
+    return f"<|{space}:{index}|>"
+
+
+@dataclass(slots=True)
+class Builder:
+    """A document that grows token by token and span by span."""
+
+    tokens: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    positions: list[tuple[int, int, int]] = field(default_factory=list)
+    spans: list[int] = field(default_factory=list)
+    readable: list[bool] = field(default_factory=list)
+    rows: dict[Modality, list[tuple[int, Tensor, Tensor, float]]] = field(default_factory=dict)
+    time: int = 0
+    span: int = 0
+
+    def token(self, index: int, weight: float = 0.0) -> None:
+        """Append one id; with `weight` the token before it learns to predict it."""
+        if weight > 0 and self.labels:
+            self.labels[-1], self.weights[-1] = index, weight
+        self.place([index], [(self.time,) * 3], readable=True)
+        self.time += 1
+
+    def vectors(self, modality: Modality, rows: Tensor, times: Tensor, weight: float, places: Sequence, patch: int) -> None:
+        """Append one span of rows (n, C); it is readable if it is clean. Does not advance time: a clean copy may follow."""
+        self.rows.setdefault(modality, []).append((len(self.tokens), rows, times, weight))
+        positions = [(self.time, self.time + h, self.time + w) for h, w in places]
+        self.place([patch] * len(rows), positions, readable=weight == 0)
+
+    def place(self, tokens: list[int], positions: list[tuple[int, int, int]], *, readable: bool) -> None:
+        count = len(tokens)
+        self.tokens += tokens
+        self.labels += [IGNORE] * count
+        self.weights += [0.0] * count
+        self.positions += positions
+        self.spans += [self.span] * count
+        self.readable += [readable] * count
+        self.span += 1
+
+    def fork(self) -> Builder:
+        """A copy that may grow without the original."""
+        columns = {name: list(getattr(self, name)) for name in ("tokens", "labels", "weights", "positions", "spans", "readable")}
+        rows = {modality: list(blocks) for modality, blocks in self.rows.items()}
+        return Builder(**columns, rows=rows, time=self.time, span=self.span)
+
+    def build(self) -> TokenSequence:
+        vectors = {}
+        for modality, blocks in self.rows.items():
+            vectors[modality] = Vectors(
+                index=torch.cat([torch.arange(at, at + len(rows)) for at, rows, _, _ in blocks]),
+                value=torch.cat([rows for _, rows, _, _ in blocks]),
+                time=torch.cat([times for _, _, times, _ in blocks]),
+                weight=torch.cat([torch.full((len(rows),), weight) for _, rows, _, weight in blocks]),
+            )
+        return TokenSequence(
+            tokens=torch.tensor(self.tokens),
+            labels=torch.tensor(self.labels),
+            weights=torch.tensor(self.weights),
+            positions=torch.tensor(self.positions).view(-1, 3),
+            spans=torch.tensor(self.spans),
+            readable=torch.tensor(self.readable, dtype=torch.bool),
+            vectors=vectors,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Noising:
+    """How clean the noised copies are. The times of a share of them are 0 (nothing shown); of the rest uniform in [0, 1).
+
+    Frames that an action determines are foreseen in one step, so most see nothing; pictures drawn from words are
+    revealed digit by digit, so most see something.
+    """
+
+    blank_frames: float = 0.9
+    blank_pictures: float = 0.1
+    blank_actions: float = 0.0
+
+
+class Processor:
+    """Samples to sequences and back. It travels with the weights: what training did, serving does."""
+
+    def __init__(self, tokenizer: Tokenizer, codec: Codec | None, spaces: dict[str, Space], noising: Noising) -> None:
+        self.tokenizer, self.codec, self.spaces, self.noising = tokenizer, codec, spaces, noising
+
+    # ---- the walk ----
+
+    def encode(self, sample: Sample, rng: np.random.Generator) -> TokenSequence:
+        """The document that training reads; `rng` draws how clean the noised copies are."""
+        builder = Builder()
+        self.extend(builder, sample.parts, rng, whole=True)
+        return builder.build()
+
+    def prompt(self, parts: Sequence[Part]) -> Builder:
+        """Everything clean, nothing learned: what serving continues. A last assistant turn is left open."""
+        builder = Builder()
+        self.extend(builder, parts, None, whole=False)
+        return builder
+
+    def extend(self, builder: Builder, parts: Sequence[Part], rng: np.random.Generator | None, *, whole: bool) -> None:
+        """Append parts. With an `rng` they are learned by their weights, otherwise only read."""
+        learn = rng is not None
+        for i, part in enumerate(parts):
+            opens = i == 0 or parts[i - 1].role != part.role
+            last = i + 1 == len(parts)
+            closes = part.role is not Role.NONE and (last or parts[i + 1].role != part.role)
+            if opens and part.role is not Role.NONE:
+                builder.token(self.tokenizer.roles[part.role])
+            self.part(builder, part, rng, followed=not (last and whole))
+            if closes and not (last and not whole and part.role is Role.ASSISTANT):
+                builder.token(self.tokenizer.end, part.weight if learn and part.role is Role.ASSISTANT else 0.0)
+
+    def part(self, builder: Builder, part: Part, rng: np.random.Generator | None, *, followed: bool) -> None:
+        weight = part.weight if rng is not None else 0.0
+        match part:
+            case Text():
+                for index in self.tokenizer.encode(part.text):
+                    builder.token(index, weight)
+            case Image():
+                self.picture(builder, part.pixels, part.role, weight, rng, followed=followed)
+            case Video():
+                for i, frame in enumerate(part.frames):
+                    keep = followed or i + 1 < len(part.frames)
+                    self.picture(builder, frame, part.role, weight, rng, followed=keep)
+            case Action():
+                self.action(builder, part, weight, rng, followed=followed)
+
+    def picture(self, builder, pixels, role, weight: float, rng, *, followed: bool) -> None:
+        if self.codec is None:
+            raise BadInput("the sample has a picture, but the processor has no codec: give ProcessorConfig a codec")
+        rows = self.codec.encode(pixels)
+        blank = self.noising.blank_pictures if role is Role.ASSISTANT else self.noising.blank_frames
+        builder.token(self.tokenizer.picture, weight if role is Role.ASSISTANT else 0.0)
+        places = grid_places(pixels.shape[0] // self.codec.patch, pixels.shape[1] // self.codec.patch)
+        self.copies(builder, Modality.IMAGE, rows, weight, draw_time(rng, blank), places, followed=followed)
+
+    def action(self, builder: Builder, part: Action, weight: float, rng, *, followed: bool) -> None:
+        match self.space(part.space):
+            case Discrete():
+                builder.token(self.action_id(part.space, int(part.values[0, 0])), weight)
+            case Continuous() as space:
+                rows = space.normalise(part.values)
+                places = [(i, i) for i in range(len(rows))]
+                time = draw_time(rng, self.noising.blank_actions)
+                self.copies(builder, Modality.ACTION, rows, weight, time, places, followed=followed)
+
+    def copies(self, builder, modality, rows: Tensor, weight: float, time: float, places, *, followed: bool) -> None:
+        """The noised copy if there is something to learn, then the clean copy if anything may read it."""
+        patch = self.tokenizer.patch
+        if weight > 0:
+            builder.vectors(modality, rows, torch.full((len(rows),), time), weight, places, patch)
+        if weight == 0 or followed:
+            builder.vectors(modality, rows, torch.ones(len(rows)), 0.0, places, patch)
+        builder.time += 1 if modality is Modality.IMAGE else len(rows)
+
+    # ---- names ----
+
+    def space(self, name: str) -> Space:
+        if name not in self.spaces:
+            known = ", ".join(self.spaces) or "none"
+            raise BadInput(f"unknown action space {name!r}; this processor knows: {known}")
+        return self.spaces[name]
+
+    def action_id(self, space: str, index: int) -> int:
+        return self.tokenizer.control(action_token(space, index))
+
+    def action_ids(self, space: str) -> list[int]:
+        """The control tokens of a discrete space, in order."""
+        match self.space(space):
+            case Discrete(names):
+                return [self.action_id(space, i) for i in range(len(names))]
+            case _:
+                raise BadInput(f"the actions of {space!r} are continuous; they have no tokens")
+
+
+def draw_time(rng: np.random.Generator | None, blank: float) -> float:
+    """The time of a noised copy: 0 with probability `blank`, otherwise uniform. Two draws whatever the outcome."""
+    if rng is None:
+        return 1.0
+    shown, time = rng.random(2)
+    return 0.0 if shown < blank else float(time)
+
+
+def grid_places(rows: int, columns: int) -> list[tuple[int, int]]:
+    """(h, w) of each patch in reading order, counted from the middle."""
+    return [(i - rows // 2, j - columns // 2) for i in range(rows) for j in range(columns)]

@@ -1,0 +1,95 @@
+"""A stream of samples becomes a stream of batches: each encoded once, laid into rows, and resumable to the sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from dataclasses import dataclass
+
+from litchi.config import BadInput
+from litchi.schema.processor import Processor
+from litchi.schema.sample import Sample
+from litchi.schema.sequence import Batch, TokenSequence, pack_rows, supervised
+
+Samples = Callable[[int], Sample]
+"""The global order of an endless epoch: position -> sample. Pure, so that a position is all there is to resume from."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchConfig:
+    """A batch is `rows` rows of `row` tokens; documents do not cross rows."""
+
+    rows: int = 16
+    row: int = 256
+    lookahead: int = 64
+    """Documents that wait for a row they fit; more fill rows better."""
+
+
+class Batches(Iterator[Batch]):
+    """Position and the documents that wait are the whole state."""
+
+    def __init__(self, samples: Samples, processor: Processor, config: BatchConfig, seed: int) -> None:
+        self.samples, self.processor, self.config, self.seed = samples, processor, config, seed
+        self.position = 0
+        self.waiting: list[tuple[int, TokenSequence]] = []
+
+    def __next__(self) -> Batch:
+        """Longest documents first into the fullest row that takes them; the oldest document always goes."""
+        rows: list[list[TokenSequence]] = [[] for _ in range(self.config.rows)]
+        space = [self.config.row] * self.config.rows
+        placed = True
+        while placed:
+            self.look_ahead()
+            placed = False
+            oldest, longest = self.waiting[0], sorted(self.waiting, key=lambda pair: -len(pair[1]))
+            for pair in [oldest, *longest]:
+                fits = [r for r, left in enumerate(space) if left >= len(pair[1])]
+                if fits:
+                    best = min(fits, key=lambda r: space[r])
+                    rows[best].append(pair[1])
+                    space[best] -= len(pair[1])
+                    self.waiting = [w for w in self.waiting if w is not pair]
+                    placed = True
+                    break
+        return pack_rows(rows, self.config.row, self.processor.tokenizer.pad)
+
+    def look_ahead(self) -> None:
+        while len(self.waiting) < self.config.lookahead:
+            self.waiting.append((self.position, self.encode(self.position)))
+            self.position += 1
+
+    def encode(self, position: int) -> TokenSequence:
+        """The document at a position of the stream, its randomness drawn from the position alone."""
+        sample = self.samples(position)
+        sequence = self.processor.encode(sample, np.random.default_rng([self.seed, position]))
+        if len(sequence) > self.config.row:
+            raise BadInput(
+                f"sample {sample.key!r} has {len(sequence)} tokens, a row holds {self.config.row}: "
+                f"raise train.batches.row or shorten the sample"
+            )
+        return sequence
+
+    def state(self) -> dict[str, object]:
+        return {"position": self.position, "waiting": [position for position, _ in self.waiting]}
+
+    def restore(self, state: dict) -> None:
+        self.position = state["position"]
+        self.waiting = [(position, self.encode(position)) for position in state["waiting"]]
+
+
+def coverage(batch: Batch, processor: Processor, limit: int = 200) -> str:
+    """What a batch supervises, as text: label coverage, so that a run that would learn nothing is seen before it starts."""
+    weights = supervised(batch)
+    share = {str(m): f"{w:.0f}" for m, w in weights.items()}
+    learned = [int(label) for label in batch.labels[batch.labels >= 0][:limit]]
+    text = processor.tokenizer.backend.decode(learned, skip_special_tokens=False)
+    return f"supervised weight by modality {share} of {len(batch)} tokens; labels begin: {text}"
+
+
+def check_coverage(batch: Batch) -> None:
+    """Raises BadInput if no text label and no vector of a batch carries weight."""
+    if not any(supervised(batch).values()):
+        raise BadInput("nothing in the first batch is supervised: give the parts to be learned a weight above 0")
+
+

@@ -1,0 +1,90 @@
+"""Muon for the matrices of the trunk, AdamW for everything else.
+
+Muon (Jordan 2024) steps along the orthogonalised momentum of a matrix; with Moonlight's scale (Liu et al. 2025,
+arXiv 2502.16982) its steps have the size of AdamW's, so that both share one learning rate schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Of the quintic Newton-Schulz iteration; chosen by Jordan to inflate small singular values fast."""
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerConfig:
+    """Learning rates are peaks; the schedule multiplies them."""
+
+    lr: float = 2e-3
+    """Of AdamW: embeddings, norms, ways in and heads."""
+    matrix_lr: float = 4e-3
+    """Of Muon: matrices of the trunk. 0 gives them to AdamW as well."""
+    weight_decay: float = 0.05
+    beta1: float = 0.9
+    beta2: float = 0.98
+    momentum: float = 0.95
+    clip: float = 1.0
+    """Largest norm of the gradient; 0 does not clip."""
+
+
+class Muon(torch.optim.Optimizer):
+    """All matrices of one shape are orthogonalised at once. oracle: torch.optim.Muon"""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], *, lr: float, momentum: float, weight_decay: float) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[nn.Parameter]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+            for members in shapes.values():
+                self.step_shape(members, group)
+
+    def step_shape(self, members: list[nn.Parameter], group: dict) -> None:
+        directions = []
+        for p in members:
+            state = self.state[p]
+            velocity = state.setdefault("momentum", torch.zeros_like(p))
+            velocity.lerp_(p.grad, 1 - group["momentum"])
+            directions.append(p.grad.lerp(velocity, group["momentum"]))  # Nesterov
+        updates = orthogonalise(torch.stack(directions))
+        scale = 0.2 * max(members[0].shape) ** 0.5
+        for p, update in zip(members, updates, strict=True):
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.add_(update.to(p.dtype), alpha=-group["lr"] * scale)
+
+
+def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
+    """The nearest semi-orthogonal matrix of each of a stack (n, rows, columns), roughly, in bfloat16."""
+    a, b, c = COEFFICIENTS
+    wide = x.shape[-2] <= x.shape[-1]
+    y = (x if wide else x.mT).bfloat16()
+    y = y / y.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
+    for _ in range(steps):
+        gram = y @ y.mT
+        y = a * y + (b * gram + c * gram @ gram) @ y
+    return y if wide else y.mT
+
+
+def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+    """Muon over matrices inside layers, AdamW over the rest; vectors and scalars do not decay."""
+    matrices, decayed, plain = [], [], []
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        trunk = name.startswith("layers.") and p.dim() == 2
+        (matrices if trunk and config.matrix_lr else decayed if p.dim() >= 2 else plain).append(p)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=1e-10, fused=True)
+    if not matrices:
+        return [adamw]
+    muon = Muon(matrices, lr=config.matrix_lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    return [adamw, muon]

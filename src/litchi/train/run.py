@@ -1,0 +1,254 @@
+"""The training stage, whole: samples in, checkpoints out, and nothing lost when it is killed in between."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import signal
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from litchi.config import BadInput
+from litchi.model.network import Model, ModelConfig, initialise
+from litchi.model.weights import Checkpoint, load, load_tensors, save
+from litchi.record import Progress, Recorder
+from litchi.schema.processor import Processor
+from litchi.train.batches import BatchConfig, Batches, Samples, check_coverage, coverage
+from litchi.train.optimizer import OptimizerConfig, build_optimizers
+from litchi.train.pictures import Pictures
+from litchi.train.schedule import Schedule, Trapezoid, factor
+from litchi.train.step import train_step
+
+
+@dataclass(frozen=True, slots=True)
+class TrainConfig:
+    """One run of the loop. `dtype` is what matrices are multiplied in: "float32" or "bfloat16"; weights are fp32."""
+
+    num_steps: int
+    seed: int = 0
+    batches: BatchConfig = BatchConfig()
+    num_accumulate: int = 1
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: Schedule = Trapezoid()
+    ema: float = 0.998
+    """Decay of the averaged weights, which are what a checkpoint offers."""
+    scale: dict[str, float] = field(default_factory=dict)
+    """Factor of each modality's mean loss, 1 where not named."""
+    dtype: str = "float32"
+    device: str = "auto"
+    threads: int = 0
+    """CPU threads, 0 for all."""
+    log_every: int = 20
+    save_every: int = 200
+    keep: int = 2
+
+
+@dataclass(slots=True)
+class State:
+    """All that a continuation needs."""
+
+    step: int
+    model: Model
+    average: dict[str, Tensor]
+    optimizers: list[torch.optim.Optimizer]
+    generator: torch.Generator
+    batches: Batches
+    seconds: float = 0.0
+    """Time spent training, over all continuations."""
+
+
+def run(
+    config: TrainConfig, model_config: ModelConfig, processor: Processor, samples: Samples, folder: Path, run_json: str
+) -> Path:
+    """Train to the last step, from the newest checkpoint in `folder` if there is one; returns the last checkpoint."""
+    device = prepare(config)
+    state = fresh(config, model_config, processor, samples, device)
+    if newest := newest_checkpoint(folder):
+        restore(state, newest, run_json)
+    recorder = Recorder(folder)
+    recorder.rewind(state.step)
+    pictures = Pictures(folder, processor, samples)
+    stop = Interrupt()
+
+    with Progress(config.num_steps, "train", done=state.step) as progress:
+        while state.step < config.num_steps:
+            began = time.monotonic()
+            group = [next(state.batches).to(device) for _ in range(config.num_accumulate)]
+            if state.step == 0:
+                check_coverage(group[0])
+                print(coverage(group[0], processor))
+            adjust(state.optimizers, factor(config.schedule, state.step, config.num_steps))
+            metrics = train_step(
+                state.model,
+                state.optimizers,
+                group,
+                scale=config.scale,
+                clip=config.optimizer.clip,
+                dtype=getattr(torch, config.dtype),
+                generator=state.generator,
+            )
+            average(state, config.ema)
+            state.step += 1
+            state.seconds += time.monotonic() - began
+
+            last = state.step == config.num_steps
+            if state.step % config.log_every == 0 or last:
+                recorder.write(state.step, {**metrics.row(), "seconds": state.seconds})
+            progress.advance(1, note=" ".join(f"{m} {v:.3f}" for m, v in metrics.losses.items()))
+            if state.step % config.save_every == 0 or last or stop.asked:
+                path = checkpoint(state, config, processor, folder, run_json)
+                pictures.draw(path, state.step)
+            if stop.asked and not last:
+                raise KeyboardInterrupt
+    return newest_checkpoint(folder) or folder
+
+
+# ---- a run's beginning --------------------------------------------------------------------------------------------
+
+
+def prepare(config: TrainConfig) -> torch.device:
+    """Threads and memory of this process, and the device."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    keep_freed_memory()
+    if config.device != "auto":
+        return torch.device(config.device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc not to give big tensors back to the kernel: page faults cost a tenth of a CPU step."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+    except OSError:
+        pass  # another C library has its own habits
+
+
+def fresh(config, model_config: ModelConfig, processor: Processor, samples: Samples, device: torch.device) -> State:
+    model = Model(model_config)
+    initialise(model, config.seed)
+    model.to(device)
+    return State(
+        step=0,
+        model=model,
+        average={name: t.detach().clone() for name, t in model.state_dict().items()},
+        optimizers=build_optimizers(model, config.optimizer),
+        generator=torch.Generator().manual_seed(config.seed),
+        batches=Batches(samples, processor, config.batches, config.seed),
+    )
+
+
+class Interrupt:
+    """Ctrl-C asks the loop to save and stop; asked twice it stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        try:
+            signal.signal(signal.SIGINT, self.ask)
+        except ValueError:
+            pass  # not the main thread: whoever runs it there decides when it ends
+
+    def ask(self, *_: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+# ---- a step's ends ------------------------------------------------------------------------------------------------
+
+
+def adjust(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
+    """Set every group's learning rate to `rate` times its peak."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group.setdefault("peak", group["lr"])
+            group["lr"] = group["peak"] * rate
+
+
+@torch.no_grad()
+def average(state: State, decay: float) -> None:
+    """Move the averaged weights towards the weights, faster at the beginning."""
+    pace = 1 - min(decay, (state.step + 1) / (state.step + 10))
+    names = list(state.average)
+    weights = state.model.state_dict()
+    torch._foreach_lerp_([state.average[n] for n in names], [weights[n] for n in names], pace)
+
+
+# ---- checkpoints --------------------------------------------------------------------------------------------------
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    found = sorted(p for p in folder.glob("step_*") if (p / "meta.json").is_file())
+    return found[-1] if found else None
+
+
+def checkpoint(state: State, config: TrainConfig, processor: Processor, folder: Path, run_json: str) -> Path:
+    """Save averaged weights for use, and all else for resuming; keep the newest `keep`."""
+    path = folder / f"step_{state.step:07d}"
+    offered = Model(state.model.config)
+    offered.load_state_dict(state.average)
+    resume = {
+        "resume/weights.safetensors": state.model.state_dict(),
+        "resume/optimizer.safetensors": flatten(state.optimizers),
+        "resume/random.safetensors": {"generator": state.generator.get_state()},
+    }
+    meta = {"step": state.step, "seconds": state.seconds, "batches": state.batches.state(), "torch": torch.__version__}
+    save(path, offered, processor, meta=meta, run=run_json, extra=resume)
+    for old in sorted(folder.glob("step_*"))[: -config.keep]:
+        remove(old)
+    return path
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint; meta.json goes first, so that a half-deleted one is never taken for whole."""
+    (folder / "meta.json").unlink(missing_ok=True)
+    for path in sorted(folder.rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    folder.rmdir()
+
+
+def restore(state: State, path: Path, run_json: str) -> None:
+    """Continue from a checkpoint. Raises BadInput if it was written by another Run."""
+    if (path / "run.json").read_text() != run_json:
+        raise BadInput(f"{path} was written by another Run: give this one a folder of its own with --folder")
+    loaded: Checkpoint = load(path)
+    device = next(state.model.parameters()).device
+    state.model.load_state_dict(load_tensors(path / "resume" / "weights.safetensors"))
+    state.average = {name: t.to(device) for name, t in loaded.model.state_dict().items()}
+    unflatten(state.optimizers, load_tensors(path / "resume" / "optimizer.safetensors"))
+    state.generator.set_state(load_tensors(path / "resume" / "random.safetensors")["generator"])
+    state.batches.restore(loaded.meta["batches"])
+    state.step, state.seconds = loaded.meta["step"], loaded.meta["seconds"]
+
+
+def flatten(optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """Optimizer states as named tensors: "optimizer.parameter.key"."""
+    named = {}
+    for i, optimizer in enumerate(optimizers):
+        for index, entry in optimizer.state_dict()["state"].items():
+            named |= {f"{i}.{index}.{key}": torch.as_tensor(value) for key, value in entry.items()}
+    return named
+
+
+def unflatten(optimizers: list[torch.optim.Optimizer], named: Mapping[str, Tensor]) -> None:
+    for i, optimizer in enumerate(optimizers):
+        whole = optimizer.state_dict()
+        whole["state"] = {}
+        for name, value in named.items():
+            owner, index, key = name.split(".")
+            if int(owner) == i:
+                whole["state"].setdefault(int(index), {})[key] = value
+        optimizer.load_state_dict(whole)
+
+
+def summary(path: Path) -> str:
+    """One line about a checkpoint."""
+    meta = json.loads((path / "meta.json").read_text())
+    return f"{path}: step {meta['step']}, {meta['seconds'] / 60:.1f} minutes of training"
