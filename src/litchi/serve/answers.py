@@ -1,0 +1,151 @@
+"""Answers as bodies in OpenAI's form: completions, chunks of a stream, drawn pictures, errors."""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from litchi.schema.request import Completion, Delta
+from litchi.schema.sample import Action, Image, Part, Text
+from litchi.serve.limits import data_url, encode_png
+from litchi.serve.wire import Ask
+
+
+@dataclass
+class Choice:
+    """One answer: a whole completion, or the deltas of a stream as far as they came."""
+
+    parts: list[Part] = field(default_factory=list)
+    text: str = ""
+    finish: str = "stop"
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[dict[str, Any]] = field(default_factory=list)
+    prompt_tokens: int | None = None
+    """None where it was streamed: deltas do not count what was read."""
+
+    @classmethod
+    def of(cls, answer: Completion) -> Choice:
+        return cls(list(answer.parts), answer.text, answer.finish, list(answer.tokens), [], answer.prompt_tokens)
+
+    def add(self, delta: Delta) -> None:
+        self.text += delta.text
+        self.tokens += delta.tokens
+        self.logprobs += logprobs_of(delta)
+        self.finish = delta.finish or self.finish
+        if delta.part is not None:
+            self.parts.append(delta.part)
+        elif delta.text:
+            said = self.parts.pop().text if self.parts and isinstance(self.parts[-1], Text) else ""
+            self.parts.append(Text(text=said + delta.text))
+
+
+class Writer:
+    """Writes the bodies of one chat answer, which share id, time and model."""
+
+    def __init__(self, ask: Ask, model: str):
+        self.ask, self.model = ask, model
+        self.id, self.created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
+
+    def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
+        body = self._head("chat.completion")
+        body["choices"] = [self._choice(i, choice) for i, choice in enumerate(choices)]
+        return body | {"usage": usage(choices)}
+
+    def opening(self, index: int) -> str:
+        return self._chunk(index, {"role": "assistant", "content": ""})
+
+    def piece(self, index: int, delta: Delta) -> str:
+        """An event for a piece of text or a picture; empty if the delta shows neither."""
+        said: dict[str, Any] = {"content": delta.text} if delta.text else {}
+        if isinstance(delta.part, Image):
+            said["images"] = [picture_part(delta.part)]
+        more: dict[str, Any] = {"logprobs": {"content": logprobs_of(delta)}} if delta.logprobs else {}
+        if self.ask.token_ids and delta.tokens:
+            more["token_ids"] = list(delta.tokens)
+        return self._chunk(index, said, **more) if said or more else ""
+
+    def closing(self, index: int, choice: Choice) -> str:
+        return self._chunk(index, {}, finish_reason=choice.finish)
+
+    def usage(self, choices: Sequence[Choice]) -> str:
+        return event(self._head("chat.completion.chunk") | {"choices": [], "usage": usage(choices)})
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        head = {"id": self.id, "object": kind, "created": self.created, "model": self.model, "seed": self.ask.seed}
+        return head | ({"notes": list(self.ask.notes)} if self.ask.notes else {})
+
+    def _chunk(self, index: int, delta: dict[str, Any], **more: Any) -> str:
+        choice = {"index": index, "delta": delta, "finish_reason": None} | more
+        return event(self._head("chat.completion.chunk") | {"choices": [choice]})
+
+    def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        pictures = [picture_part(part) for part in choice.parts if isinstance(part, Image)]
+        message: dict[str, Any] = {"role": "assistant", "content": choice.text}
+        if pictures:
+            message |= {"content": [_content(part) for part in choice.parts], "images": pictures}
+        body = {"index": index, "message": message, "finish_reason": choice.finish}
+        body["logprobs"] = {"content": choice.logprobs} if self.ask.requests[0].params.logprobs else None
+        return body | ({"token_ids": choice.tokens} if self.ask.token_ids else {})
+
+
+def drawings(answers: Sequence[Completion], ask: Ask) -> dict[str, Any]:
+    """The body of an images response."""
+    pictures = [next(part for part in answer.parts if isinstance(part, Image)) for answer in answers]
+    data = [{"b64_json": base64.b64encode(encode_png(picture.pixels)).decode()} for picture in pictures]
+    read, made = sum(a.prompt_tokens for a in answers), sum(len(a.tokens) for a in answers)
+    counts = {"input_tokens": read, "output_tokens": made, "total_tokens": read + made}
+    size = f"{ask.requests[0].width}x{ask.requests[0].height}"
+    head = {"created": int(time.time()), "output_format": "png", "size": size, "seed": ask.seed}
+    return head | {"data": data, "usage": counts}
+
+
+def next_part(answer: Completion) -> dict[str, Any]:
+    """The body of a /v1/next response: the frame or the action that comes next."""
+    part = next(part for part in answer.parts if isinstance(part, Image | Action))
+    counts = {"prompt_tokens": answer.prompt_tokens, "token_ids": list(answer.tokens)}
+    return {"part": _content(part), "finish_reason": answer.finish} | counts
+
+
+def error(message: str, code: str, kind: str = "invalid_request_error") -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "code": code, "param": None}}
+
+
+def event(body: dict[str, Any]) -> str:
+    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+def usage(choices: Sequence[Choice]) -> dict[str, Any]:
+    """Tokens read and made. The prompt of several choices is one prompt."""
+    read, made = choices[0].prompt_tokens, sum(len(choice.tokens) for choice in choices)
+    return {"prompt_tokens": read, "completion_tokens": made, "total_tokens": made + (read or 0)}
+
+
+def logprobs_of(delta: Delta) -> list[dict[str, Any]]:
+    """OpenAI's rows. The text of a delta is said at its first token: one token may be only half a character."""
+    rows = []
+    for i, (token, logprob) in enumerate(zip(delta.tokens, delta.logprobs, strict=False)):
+        said = delta.text if i == 0 else ""
+        raw = list(said.encode())
+        rows.append({"token": said, "id": token, "logprob": logprob, "bytes": raw, "top_logprobs": []})
+    return rows
+
+
+def picture_part(image: Image) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": data_url(image.pixels)}}
+
+
+def _content(part: Part) -> dict[str, Any]:
+    match part:
+        case Text():
+            return {"type": "text", "text": part.text}
+        case Image():
+            return picture_part(part)
+        case Action():
+            return {"type": "action", "values": part.values.tolist(), "space": part.space, "hz": part.hz}
+        case _:
+            raise TypeError(f"no body for {type(part).__name__}")

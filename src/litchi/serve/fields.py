@@ -1,0 +1,88 @@
+"""Reading a stranger's JSON object field by field, so that every refusal names the field, the fault and the mend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any
+
+from litchi.config import BadInput
+
+
+class Fields:
+    """A JSON object at `where` (say `messages[0].`); a field that is absent or null takes its default."""
+
+    def __init__(self, value: Any, where: str = ""):
+        if not isinstance(value, dict):
+            raise BadInput(f"{where.rstrip('.') or 'the body'} must be an object, got {show(value)}")
+        self.value, self.where = value, where
+
+    def known(self, names: Iterable[str]) -> None:
+        """Refuse names that mean nothing here: a misspelt parameter must not be ignored silently."""
+        names = set(names)
+        for name in self.value:
+            if name not in names:
+                near = get_close_matches(name, names, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise BadInput(f"{self.where}{name[:80]}: no such parameter{hint}")
+
+    def get(self, name: str) -> Any:
+        return self.value.get(name)
+
+    def text(self, name: str, default: str | None = None) -> str:
+        value = self._given(name, default)
+        if not isinstance(value, str):
+            raise self._wrong(name, "a string", value)
+        return value
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        value = self._given(name, default)
+        if not isinstance(value, bool):
+            raise self._wrong(name, "true or false", value)
+        return value
+
+    def integer(self, name: str, default: int | None, low: int, high: int) -> int:
+        value = self._given(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise self._wrong(name, f"an integer from {low} to {high}", value)
+        return value
+
+    def number(self, name: str, default: float, low: float, high: float) -> float:
+        value = self._given(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self._wrong(name, f"a number from {low:g} to {high:g}", value)
+        if not low <= value <= high:  # NaN is in no range; integers of any length compare
+            raise self._wrong(name, f"a number from {low:g} to {high:g}", value)
+        return float(value)
+
+    def choice(self, name: str, default: str | None, among: tuple[str, ...]) -> str:
+        value = self._given(name, default)
+        if not isinstance(value, str) or value not in among:
+            raise self._wrong(name, " or ".join(map(repr, among)), value)
+        return value
+
+    def objects(self, name: str) -> list[Fields]:
+        """A list of objects with at least one member."""
+        value = self._given(name, None)
+        if not isinstance(value, list) or not value:
+            raise self._wrong(name, "a list of objects, at least one", value)
+        return [Fields(each, f"{self.where}{name}[{i}].") for i, each in enumerate(value)]
+
+    def _given(self, name: str, default: Any) -> Any:
+        value = self.value.get(name)
+        if value is not None:
+            return value
+        if default is None:
+            raise BadInput(f"{self.where}{name} is missing")
+        return default
+
+    def _wrong(self, name: str, wanted: str, value: Any) -> BadInput:
+        return BadInput(f"{self.where}{name} must be {wanted}, got {show(value)}")
+
+
+def show(value: Any) -> str:
+    """A value as a message quotes it: short, whatever was sent."""
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else "a list"
+    shown = repr(value) if not isinstance(value, int) or abs(value) < 10**18 else "a very large integer"
+    return shown if len(shown) <= 60 else shown[:57] + "..."

@@ -1,0 +1,138 @@
+"""What a stranger may send: sizes are checked before anything is decoded, and nothing is ever fetched."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import json
+import re
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image as Pillow
+from PIL import ImageOps
+
+from litchi.config import BadInput
+
+FORMATS = ("PNG", "JPEG", "GIF", "WEBP")
+DATA_URL = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?P<params>(?:;[\w=.+-]+)*?)(?P<base64>;base64)?,", re.ASCII)
+
+
+class TooLarge(BadInput):
+    """Bad input by its size alone: HTTP 413."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much one request may hold. Sizes in bytes, pictures in pixels; a side of the model's pictures is `side`."""
+
+    side: int
+    max_body_bytes: int
+    max_image_bytes: int
+    max_pixels: int
+    max_images: int
+    max_text: int
+    """Characters of all texts of a request together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A decoded picture at the model's size. `note` says what was done to it; empty if nothing."""
+
+    pixels: UInt8[np.ndarray, "h w 3"]
+    note: str = ""
+
+
+async def read_body(chunks: AsyncIterator[bytes], declared: str | None, limits: Limits) -> bytes:
+    """The body of a request; stops reading at the limit, whatever the declared Content-Length says."""
+    refusal = TooLarge(f"the body is larger than {limits.max_body_bytes} bytes; send less or a smaller picture")
+    if declared is not None and declared.isdigit() and int(declared) > limits.max_body_bytes:
+        raise refusal
+    body = bytearray()
+    async for chunk in chunks:
+        body += chunk
+        if len(body) > limits.max_body_bytes:
+            raise refusal
+    return bytes(body)
+
+
+def read_json(body: bytes | str) -> dict[str, Any]:
+    """A JSON object; NaN and Infinity, which JSON does not have, are refused."""
+
+    def refuse(constant: str) -> None:
+        raise BadInput(f"the body holds {constant}, which is not JSON")
+
+    try:
+        value = json.loads(body, parse_constant=refuse)
+    except BadInput:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"the body is not JSON: {error}; send Content-Type application/json") from None
+    if not isinstance(value, dict):
+        raise BadInput(f"the body must be a JSON object, not {type(value).__name__}")
+    return value
+
+
+def decode_picture(url: str, limits: Limits, where: str = "image_url") -> Picture:
+    """The picture in a data URL, as the model reads it: RGB, `side` x `side`.
+
+    Only `data:` URLs: a server that fetches addresses for strangers reaches what they cannot. A picture of another size
+    is resized with nearest neighbour, which gives back an enlarged tile world exactly, and the note says so.
+    """
+    raw = _bytes_of(url, limits, where)
+    pixels, size = _decode(raw, limits, where)
+    if size == (limits.side, limits.side):
+        return Picture(pixels)
+    note = f"{where} was resized from {size[0]}x{size[1]} to {limits.side}x{limits.side} (nearest neighbour)"
+    return Picture(pixels, note)
+
+
+def encode_png(pixels: UInt8[np.ndarray, "h w 3"]) -> bytes:
+    out = io.BytesIO()
+    Pillow.fromarray(np.ascontiguousarray(pixels)).save(out, "PNG")
+    return out.getvalue()
+
+
+def data_url(pixels: UInt8[np.ndarray, "h w 3"]) -> str:
+    return "data:image/png;base64," + base64.b64encode(encode_png(pixels)).decode()
+
+
+def _bytes_of(url: str, limits: Limits, where: str) -> bytes:
+    if re.match(r"(https?|ftp|file):", url, re.IGNORECASE):
+        raise BadInput(f"{where}: addresses are not fetched; send the picture itself as data:image/png;base64,...")
+    head = DATA_URL.match(url[:200])
+    if head is None or not head["base64"]:
+        raise BadInput(f"{where} must be a data URL: data:image/png;base64,...")
+    if (len(url) - head.end()) * 3 // 4 > limits.max_image_bytes + 2:
+        raise TooLarge(f"{where} holds more than {limits.max_image_bytes} bytes; send a smaller picture")
+    try:
+        return base64.b64decode(url[head.end() :], validate=True)
+    except (binascii.Error, ValueError):
+        raise BadInput(f"{where} is not valid base64 after the comma") from None
+
+
+def _decode(raw: bytes, limits: Limits, where: str) -> tuple[UInt8[np.ndarray, "h w 3"], tuple[int, int]]:
+    # Pillow reads only the header in `open`; pixels are decoded after the size was accepted.
+    kinds = ", ".join(FORMATS)
+    try:
+        with Pillow.open(io.BytesIO(raw), formats=FORMATS) as picture:
+            width, height = picture.size
+            if width * height > limits.max_pixels:
+                most = f"at most {limits.max_pixels} are read: send a smaller one"
+                raise TooLarge(f"{where} has {width}x{height} pixels; {most}")
+            upright = ImageOps.exif_transpose(picture)
+            size, wanted = upright.size, (limits.side, limits.side)
+            flat = (upright if size == wanted else upright.resize(wanted, Pillow.Resampling.NEAREST)).convert("RGBA")
+            paper = Pillow.new("RGBA", wanted, "white")
+            return np.asarray(Pillow.alpha_composite(paper, flat).convert("RGB")), size
+    except BadInput:
+        raise
+    except (Pillow.DecompressionBombError, Pillow.DecompressionBombWarning):
+        raise TooLarge(f"{where} has far too many pixels; at most {limits.max_pixels} are read") from None
+    except Exception as error:
+        # Pillow's decoders raise whatever their parsers meet in a broken file: OSError, SyntaxError, struct.error, ...
+        raise BadInput(f"{where} is not a picture that can be read ({type(error).__name__}); send {kinds}") from None

@@ -1,0 +1,108 @@
+"""Serving: one model behind one door, and a page to talk, draw and play with it.
+
+A request comes through `http` (the OpenAI endpoints, the world sessions, the page), is checked by `guard`, `limits` and
+`wire`, waits in the queue of `worker`, is answered by the `Sampler` in one thread, and leaves as `answers` writes it.
+The door knows only the `Sampler` and a factory of rooms: which model, which engine and which simulator stand behind
+them is the caller's choice.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from dataclasses import dataclass
+
+from litchi.config import BadInput
+from litchi.record import need
+from litchi.schema.protocol import Sampler
+from litchi.serve.guard import LOOPBACK
+from litchi.serve.limits import Limits
+from litchi.serve.sessions import MakeRoom
+from litchi.serve.worker import Worker
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    """Where the door stands and how much it lets in."""
+
+    host: str = "127.0.0.1"
+    """Loopback: nobody else on the network. Give an address to open it, and then an `api_key`."""
+    port: int = 8000
+    """0 takes a free one."""
+    model: str = "tiny"
+    """The name that requests call the model by."""
+    api_key: str = ""
+    """If set, every endpoint under /v1 asks for it."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Host names that the door answers to; empty: the loopback names on loopback, any elsewhere."""
+    side: int = 64
+    """Height and width of the model's pictures in pixels."""
+    envs: tuple[str, ...] = ("BabyAI-GoToLocal-v0", "BabyAI-GoToObj-v0", "BabyAI-GoToRedBall-v0", "BabyAI-PickupLoc-v0")
+    """Rooms that a visitor may ask for; the first is the default."""
+    max_queue: int = 16
+    """Requests that wait while one is answered; the next gets 429."""
+    max_worlds: int = 32
+    max_world_steps: int = 512
+    context_frames: int = 1
+    """Frames that the world model sees; the last is enough in a world whose frame is its whole state."""
+    max_body_bytes: int = 16 << 20
+    max_image_bytes: int = 8 << 20
+    max_pixels: int = 16 << 20
+    max_images: int = 8
+    max_text: int = 32_000
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(
+            side=self.side,
+            max_body_bytes=self.max_body_bytes,
+            max_image_bytes=self.max_image_bytes,
+            max_pixels=self.max_pixels,
+            max_images=self.max_images,
+            max_text=self.max_text,
+        )
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        return self.allowed_hosts or (LOOPBACK if self.host in LOOPBACK else ())
+
+
+def run(config: ServeConfig, sampler: Sampler, make_room: MakeRoom) -> None:
+    """Serve until interrupted. Raises BadInput if the address cannot be had."""
+    uvicorn = need("serve", "uvicorn")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if config.host not in LOOPBACK and not config.api_key:
+        logging.getLogger("litchi.serve").warning("open to the network without api_key: whoever reaches it may use it")
+    listener = bind(config.host, config.port)
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    print(f"Litchi serves {config.model!r}. Page: http://{shown}:{port}/  API: http://{shown}:{port}/v1", flush=True)
+    uvicorn.Server(uvicorn_config(config, sampler, make_room)).run(sockets=[listener])
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket, bound before anything is printed so that the address shown is the address had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise BadInput(f"cannot listen on {host}:{port} ({error}); choose another with --set serve.port=0") from None
+    return listener
+
+
+def uvicorn_config(config: ServeConfig, sampler: Sampler, make_room: MakeRoom):  # noqa: ANN201 (an extra's type)
+    uvicorn = need("serve", "uvicorn")
+    from litchi.serve.http import create_app
+
+    app = create_app(config, Worker(sampler, config.max_queue), make_room)
+    # A message of a world session is held whole in memory, as a body is: the same limit.
+    return uvicorn.Config(
+        app,
+        log_level="warning",
+        ws_max_size=config.max_body_bytes,
+        timeout_graceful_shutdown=3,
+        server_header=False,
+    )

@@ -1,0 +1,217 @@
+"""Request bodies in OpenAI's words to our `Request`s, with every value checked. No network, no model."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from litchi.config import BadInput
+from litchi.schema.request import Request, SamplingParams
+from litchi.schema.sample import Action, Image, Part, Role, Text
+from litchi.serve.fields import Fields, show
+from litchi.serve.limits import Limits, decode_picture
+
+MAX_N = 8
+MAX_TOKENS = 1024
+MAX_STOPS = 4
+MAX_SEED = 2**31 - 1
+
+SAMPLING = ("max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "seed", "steps", "stop")
+# Said by OpenAI clients, without any bearing on what a small model answers.
+HARMLESS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
+# Said by OpenAI clients, and would change the answer: accepted only at the value that changes nothing.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "top_logprobs": (0,),
+    "logit_bias": ({},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"], ["text", "image"], ["image", "text"]),
+}
+MESSAGE = ("role", "content", "name")
+# What a client may send back with an assistant's message that it received.
+ECHOED = ("images", "refusal", "annotations", "audio", "function_call", "tool_calls")
+ROLES = {"system": Role.SYSTEM, "developer": Role.SYSTEM, "user": Role.USER, "assistant": Role.ASSISTANT}
+
+
+class UnknownModel(BadInput):
+    """Bad input that asks for a model that is not here: HTTP 404."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What a body asks for: `requests` one for each of `n` answers, their seeds counted up from `seed`."""
+
+    requests: tuple[Request, ...]
+    seed: int
+    stream: bool = False
+    usage: bool = False
+    """Whether a stream ends with a chunk of usage."""
+    token_ids: bool = False
+    """Whether choices carry the sampled ids."""
+    notes: tuple[str, ...] = ()
+    """What was done to the input, in words."""
+
+
+def read_chat(body: dict[str, Any], model: str, limits: Limits) -> Ask:
+    """A body of POST /v1/chat/completions. Raises BadInput, UnknownModel."""
+    fields = Fields(body)
+    own = ("model", "messages", "n", "stream", "stream_options", "logprobs", "return_token_ids")
+    fields.known((*own, *SAMPLING, *HARMLESS, *NEUTRAL))
+    _check_model(fields, model)
+    for name, values in NEUTRAL.items():
+        if fields.get(name) is not None and fields.get(name) not in values:
+            raise BadInput(f"{name} is not supported by this server; leave it out")
+    parts, notes = _read_messages(fields.objects("messages"), limits)
+    params = replace(read_params(fields), logprobs=fields.flag("logprobs"))
+    options = Fields(fields.get("stream_options") or {}, "stream_options.")
+    options.known(("include_usage", "include_obfuscation"))
+    request = Request(parts=parts, want="chat", params=params, height=limits.side, width=limits.side)
+    return Ask(
+        requests=_repeated(request, fields.integer("n", 1, 1, MAX_N)),
+        seed=params.seed,
+        stream=fields.flag("stream"),
+        usage=options.flag("include_usage"),
+        token_ids=fields.flag("return_token_ids"),
+        notes=notes,
+    )
+
+
+def read_drawing(body: dict[str, Any], model: str, limits: Limits) -> Ask:
+    """A body of POST /v1/images/generations. Raises BadInput, UnknownModel."""
+    fields = Fields(body)
+    looks = ("quality", "style", "background", "output_format", "moderation")
+    fields.known(("model", "prompt", "n", "size", "response_format", *SAMPLING, *HARMLESS, *looks))
+    _check_model(fields, model)
+    prompt = fields.text("prompt")
+    _check_text([prompt], limits)
+    fields.choice("size", "auto", (f"{limits.side}x{limits.side}", "auto"))
+    fields.choice("response_format", "b64_json", ("b64_json",))
+    fields.choice("output_format", "png", ("png",))
+    params = read_params(fields)
+    text = Text(text=prompt, role=Role.USER)
+    request = Request(parts=(text,), want="image", params=params, height=limits.side, width=limits.side)
+    return Ask(requests=_repeated(request, fields.integer("n", 1, 1, MAX_N)), seed=params.seed)
+
+
+def read_next(body: dict[str, Any], model: str, limits: Limits) -> Ask:
+    """A body of POST /v1/next, this project's own: the next frame or action after `parts`, which are our `Part`s."""
+    fields = Fields(body)
+    fields.known(("model", "want", "parts", "space", *SAMPLING))
+    _check_model(fields, model)
+    want = fields.choice("want", None, ("frame", "action"))
+    parts = [_read_part(each, limits) for each in fields.objects("parts")]
+    _check_text([p.text for p in parts if isinstance(p, Text)], limits)
+    if sum(isinstance(p, Image) for p in parts) > limits.max_images:
+        raise BadInput(f"at most {limits.max_images} frames are read; send the last ones")
+    params = replace(read_params(fields), seed=fields.integer("seed", 0, 0, MAX_SEED))
+    size = {"height": limits.side, "width": limits.side}
+    request = Request(parts=tuple(parts), want=want, params=params, space=fields.text("space", ""), **size)
+    return Ask(requests=(request,), seed=params.seed)
+
+
+def read_params(fields: Fields) -> SamplingParams:
+    """Greedy unless a temperature is given. Without a seed one is drawn, and the response tells it."""
+    longest = fields.integer("max_tokens", 128, 1, MAX_TOKENS)
+    return SamplingParams(
+        max_tokens=fields.integer("max_completion_tokens", longest, 1, MAX_TOKENS),
+        temperature=fields.number("temperature", 0.0, 0.0, 2.0),
+        top_p=fields.number("top_p", 1.0, 1e-6, 1.0),
+        top_k=fields.integer("top_k", 0, 0, 1 << 20),
+        seed=fields.integer("seed", secrets.randbelow(MAX_SEED - MAX_N), 0, MAX_SEED),
+        steps=fields.integer("steps", 0, 0, 256),
+        stop=_read_stop(fields.get("stop")),
+    )
+
+
+def _read_messages(messages: list[Fields], limits: Limits) -> tuple[tuple[Part, ...], tuple[str, ...]]:
+    parts: list[Part] = []
+    notes: list[str] = []
+    for message in messages:
+        message.known((*MESSAGE, *ECHOED))
+        role = ROLES[message.choice("role", None, tuple(ROLES))]
+        content = message.get("content")
+        if isinstance(content, str):
+            parts.append(Text(text=content, role=role))
+        else:
+            for each in message.objects("content"):
+                part, note = _read_content(each, role, limits)
+                parts.append(part)
+                notes += [note] if note else []
+    if sum(isinstance(p, Image) for p in parts) > limits.max_images:
+        raise BadInput(f"at most {limits.max_images} pictures fit into one conversation; drop the oldest messages")
+    _check_text([p.text for p in parts if isinstance(p, Text)], limits)
+    if parts[-1].role is not Role.USER:
+        raise BadInput("the last message must be the user's: there is nothing to answer")
+    return tuple(parts), tuple(notes)
+
+
+def _read_content(fields: Fields, role: Role, limits: Limits) -> tuple[Part, str]:
+    match fields.choice("type", None, ("text", "image_url")):
+        case "text":
+            return Text(text=fields.text("text"), role=role), ""
+        case _:
+            fields.known(("type", "image_url"))
+            link = fields.get("image_url")
+            inner = Fields({"url": link} if isinstance(link, str) else link, f"{fields.where}image_url.")
+            inner.known(("url", "detail"))
+            picture = decode_picture(inner.text("url"), limits, f"{inner.where}url")
+            return Image(pixels=picture.pixels, role=role), picture.note
+
+
+def _read_part(fields: Fields, limits: Limits) -> Part:
+    match fields.choice("type", None, ("text", "image_url", "action")):
+        case "action":
+            fields.known(("type", "values", "space", "hz"))
+            hz = fields.number("hz", 1.0, 1e-3, 1e6)
+            return Action(values=_read_values(fields), space=fields.text("space"), hz=hz)
+        case "text":
+            role = fields.choice("role", "user", tuple(r.value for r in Role))
+            return Text(text=fields.text("text"), role=Role(role))
+        case _:
+            return _read_content(fields, Role.NONE, limits)[0]
+
+
+def _read_values(fields: Fields) -> np.ndarray:
+    """Rows of numbers, (k, A)."""
+    rows = fields.get("values")
+    fault = BadInput(f"{fields.where}values must be a list of rows of numbers, all of one length, at most 256 by 256")
+    if not isinstance(rows, list) or not 0 < len(rows) <= 256 or not all(isinstance(row, list) for row in rows):
+        raise fault
+    if len({len(row) for row in rows}) != 1 or not 0 < len(rows[0]) <= 256:
+        raise fault
+    if not all(type(x) in (int, float) and abs(x) < 1e30 for row in rows for x in row):
+        raise fault
+    return np.array(rows, np.float32)
+
+
+def _read_stop(value: Any) -> tuple[str, ...]:
+    stops = [value] if isinstance(value, str) else value or []
+    if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(s, str) and s for s in stops):
+        raise BadInput(f"stop must be a string or a list of at most {MAX_STOPS} strings, none empty, got {show(value)}")
+    return tuple(stops)
+
+
+def _check_model(fields: Fields, model: str) -> None:
+    if (asked := fields.text("model", model)) != model:
+        raise UnknownModel(f"no model {show(asked)} here; this server has {model!r} (GET /v1/models)")
+
+
+def _check_text(texts: Sequence[str], limits: Limits) -> None:
+    if (length := sum(map(len, texts))) > limits.max_text:
+        raise BadInput(f"the texts have {length} characters, more than {limits.max_text}; shorten the conversation")
+    for text in texts:
+        # JSON may spell half a surrogate pair, which no UTF-8 tokenizer can take.
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise BadInput("a text holds half of a surrogate pair, which is not Unicode; send whole characters")
+
+
+def _repeated(request: Request, n: int) -> tuple[Request, ...]:
+    first = request.params
+    return tuple(replace(request, params=replace(first, seed=(first.seed + i) % (MAX_SEED + 1))) for i in range(n))
