@@ -8,6 +8,7 @@ not one a lattice dimension, so that tiles can be sampled apart without mixing t
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,7 +34,7 @@ class TileCodecConfig:
     patch: int = 16
     tile: int = 8
     levels: tuple[int, ...] = (4, 4, 4, 4)
-    width: int = 64
+    width: int = 96
 
     @property
     def digits(self) -> int:
@@ -68,7 +69,7 @@ class TileCodec(nn.Module):
         self.config, self.patch = config, config.patch
         values, dims, w = config.tile**2 * 3, len(config.levels), config.width
         self.encoder = nn.Sequential(nn.Linear(values, w), nn.GELU(), nn.Linear(w, w), nn.GELU(), nn.Linear(w, dims))
-        self.decoder = nn.Sequential(nn.Linear(dims, w), nn.GELU(), nn.Linear(w, w), nn.GELU(), nn.Linear(w, values))
+        self.decoder = nn.Sequential(nn.Linear(sum(config.levels), w), nn.GELU(), nn.Linear(w, w), nn.GELU(), nn.Linear(w, values))
         self.known: dict[bytes, int] = {}
 
     @torch.no_grad()
@@ -89,25 +90,18 @@ class TileCodec(nn.Module):
     @torch.no_grad()
     def decode(self, rows: Float[Tensor, "N C"], height: int, width: int) -> UInt8[np.ndarray, "h w 3"]:
         digits = self.ungroup(rows, height, width).long().cpu()
-        return join(to_bytes(self.decoder(self.lattice(digits))), self.config.tile, height, width)
+        return join(to_bytes(self.decoder(self.points(digits))), self.config.tile, height, width)
 
     def quantise(self, tiles: UInt8[Tensor, "n values"]) -> Int[Tensor, "n"]:
         """The index of the lattice point of each tile."""
-        step = bound(self.encoder(tiles.float() / 127.5 - 1), self.config.levels).round().long()
+        top = torch.tensor(self.config.levels) - 1
+        step = (self.encoder(tiles.float() / 127.5 - 1).clamp(0, 1) * top).round().long()
         return (step * strides(self.config.levels)).sum(-1)
 
-    def lattice(self, index: Int[Tensor, "n"]) -> Float[Tensor, "n dims"]:
-        """The point of an index, each dimension in [-1, 1]."""
-        levels = torch.tensor(self.config.levels)
-        step = (index[:, None] // strides(self.config.levels)) % levels
-        return step / (levels - 1) * 2 - 1
-
-    def forward(self, tiles: UInt8[Tensor, "n values"]) -> Float[Tensor, "n values"]:
-        """Reconstruction in [-1, 1], the rounding passed straight through to the gradient."""
-        levels = torch.tensor(self.config.levels)
-        soft = bound(self.encoder(tiles.float() / 127.5 - 1), self.config.levels)
-        step = soft + (soft.round() - soft).detach()
-        return self.decoder(step / (levels - 1) * 2 - 1)
+    def points(self, index: Int[Tensor, "n"]) -> Float[Tensor, "n features"]:
+        """What the decoder reads of an index: each lattice dimension as one of its levels."""
+        steps = (index[:, None] // strides(self.config.levels)) % torch.tensor(self.config.levels)
+        return torch.cat([F.one_hot(steps[:, i], n).float() for i, n in enumerate(self.config.levels)], dim=-1)
 
     def group(self, digits: Float[Tensor, "n"], height: int, width: int) -> Float[Tensor, "N C"]:
         side, t = self.patch // self.config.tile, self.config.tile
@@ -128,10 +122,11 @@ def build_codec(config: CodecConfig) -> PixelCodec | TileCodec:
             return TileCodec(config)
 
 
-def fit(codec: TileCodec, tiles: UInt8[Tensor, "n values"], *, seed: int, max_steps: int = 20_000) -> float:
+def fit(codec: TileCodec, tiles: UInt8[Tensor, "n values"], *, seed: int, max_steps: int = 8_000) -> float:
     """Train on distinct tiles until every one comes back to the byte; returns the share that does.
 
-    Tiles that share a code are pushed apart: where two meet, the encoder sees noise before rounding.
+    Codes are chosen first (`spread`), so that no two tiles can share one; the encoder then learns to find them, and the
+    decoder to draw from them. Raises ValueError if there are more tiles than codes.
     """
     generator = torch.Generator().manual_seed(seed)
     for parameter in codec.parameters():
@@ -139,34 +134,66 @@ def fit(codec: TileCodec, tiles: UInt8[Tensor, "n values"], *, seed: int, max_st
             nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5, generator=generator)
         else:
             nn.init.zeros_(parameter)
-    optimizer = torch.optim.Adam(codec.parameters(), lr=3e-3)
+    values = tiles.float() / 127.5 - 1
+    steps = spread(values, codec.config.levels)
+    index = (steps * strides(codec.config.levels)).sum(-1)
+    points = codec.points(index)
+    top = torch.tensor(codec.config.levels) - 1
+
+    def found() -> bool:
+        return bool((codec.quantise(tiles) == index).all())
+
+    def drawn() -> bool:
+        return bool((to_bytes(codec.decoder(points)) == tiles).all())
+
+    descend(codec.encoder, lambda: F.mse_loss(codec.encoder(values), steps / top), max_steps, found)
+    descend(codec.decoder, lambda: F.mse_loss(codec.decoder(points), values), max_steps, drawn)
+    codec.known.clear()
+    return lossless(codec, tiles)
+
+
+def spread(values: Float[Tensor, "n values"], levels: tuple[int, ...]) -> Int[Tensor, "n dims"]:
+    """A lattice point for each tile, all distinct, like tiles near each other.
+
+    Tiles are sorted along the first principal component and cut into as many equal groups as the first dimension has
+    levels, each group along the second component, and so on.
+    """
+    if len(values) > math.prod(levels):
+        raise ValueError(f"{len(values)} distinct tiles, but {math.prod(levels)} codes: raise the codec's levels")
+    centred = (values - values.mean(0)).double()
+    axes = torch.linalg.svd(centred, full_matrices=False).Vh[: len(levels)]
+    along = F.pad(centred @ axes.T, (0, len(levels) - len(axes)))
+    steps = torch.zeros(len(values), len(levels), dtype=torch.long)
+    groups = [torch.arange(len(values))]
+    for dim, count in enumerate(levels):
+        cuts = []
+        for group in groups:
+            pieces = group[along[group, dim].argsort(stable=True)].tensor_split(count)
+            for level, piece in enumerate(pieces):
+                steps[piece, dim] = level
+            cuts += [piece for piece in pieces if len(piece)]
+        groups = cuts
+    return steps
+
+
+def descend(part: nn.Module, loss: Callable[[], Tensor], max_steps: int, done: Callable[[], bool]) -> None:
+    """Adam with a cosine over at most `max_steps`, looking every hundred whether it is done."""
+    optimizer = torch.optim.Adam(part.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max_steps)
-    target = tiles.float() / 127.5 - 1
-    exact = 0.0
     for step in range(max_steps):
         optimizer.zero_grad()
-        F.mse_loss(codec(tiles), target).backward()
+        loss().backward()
         optimizer.step()
         schedule.step()
-        if step % 200 == 199:
-            exact = lossless(codec, tiles)
-            if exact == 1.0:
-                break
-    codec.known.clear()
-    return exact
+        if step % 100 == 99 and done():
+            return
 
 
 @torch.no_grad()
 def lossless(codec: TileCodec, tiles: UInt8[Tensor, "n values"]) -> float:
     """The share of tiles that come back to the byte."""
-    back = to_bytes(codec.decoder(codec.lattice(codec.quantise(tiles))))
+    back = to_bytes(codec.decoder(codec.points(codec.quantise(tiles))))
     return float((back == tiles).all(1).float().mean())
-
-
-def bound(z: Tensor, levels: tuple[int, ...]) -> Tensor:
-    """Each dimension into (-0.5, levels - 0.5), so that rounding gives 0 .. levels - 1."""
-    top = torch.tensor(levels, dtype=torch.float32)
-    return torch.sigmoid(z) * (top - 1e-3) - 0.5 + 5e-4
 
 
 def strides(levels: tuple[int, ...]) -> Int[Tensor, "dims"]:

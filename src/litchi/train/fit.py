@@ -1,0 +1,73 @@
+"""What must be learned before the network: merges of the tokenizer from texts, and the codec from distinct tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from litchi.config import BadInput
+from litchi.model.codec import CodecConfig, TileCodec, TileCodecConfig, build_codec, cut, fit
+from litchi.schema.processor import Discrete, Noising, Processor, Space, action_token
+from litchi.schema.sample import Image, Sample, Text, Video
+from litchi.schema.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class FitConfig:
+    """How a processor is made from data."""
+
+    vocab_size: int = 700
+    """Upper bound; training stops earlier when no pair of tokens repeats."""
+    codec: CodecConfig | None = TileCodecConfig()
+    spaces: dict[str, Space] = field(default_factory=dict)
+    noising: Noising = Noising()
+    max_tiles: int = 200_000
+    """Distinct tiles kept for fitting the codec."""
+
+
+def fit_processor(config: FitConfig, samples: Iterable[Sample], *, seed: int) -> Processor:
+    """Learn a processor from samples. Raises BadInput if a tile codec cannot be made lossless on what it has seen."""
+    texts, tiles = [], {}
+    for sample in samples:
+        texts += [part.text for part in sample.parts if isinstance(part, Text)]
+        if isinstance(config.codec, TileCodecConfig) and len(tiles) < config.max_tiles:
+            for pixels in pictures(sample):
+                tiles |= dict.fromkeys(row.tobytes() for row in cut(pixels, config.codec.tile).numpy())
+    tokenizer = Tokenizer.train(texts, vocab_size=config.vocab_size, actions=action_names(config.spaces))
+    codec = None if config.codec is None else build_codec(config.codec)
+    if isinstance(codec, TileCodec):
+        fit_tiles(codec, sorted(tiles), seed)
+    return Processor(tokenizer, codec, dict(config.spaces), config.noising)
+
+
+def fit_tiles(codec: TileCodec, tiles: list[bytes], seed: int) -> None:
+    if len(tiles) > codec.config.codes:
+        raise BadInput(
+            f"{len(tiles)} distinct tiles do not fit {codec.config.codes} codes: raise codec.levels, "
+            f"or take a codec for photographs"
+        )
+    distinct: UInt8[Tensor, "n values"] = torch.from_numpy(np.stack([np.frombuffer(t, np.uint8) for t in tiles]))
+    exact = fit(codec, distinct, seed=seed)
+    print(f"codec: {len(tiles)} distinct tiles, {exact:.1%} come back to the byte")
+    if exact < 1.0:
+        print("codec: not lossless; the score of every picture is bounded by it. Raise codec.width or codec.levels.")
+
+
+def pictures(sample: Sample) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+    for part in sample.parts:
+        match part:
+            case Image(pixels=pixels):
+                yield pixels
+            case Video(frames=frames):
+                yield from frames
+
+
+def action_names(spaces: Mapping[str, Space]) -> list[str]:
+    """The control tokens of all discrete spaces."""
+    discrete = ((name, space) for name, space in spaces.items() if isinstance(space, Discrete))
+    return [action_token(name, i) for name, space in discrete for i in range(len(space.names))]
