@@ -198,6 +198,12 @@ def door() -> Iterator[Served]:
         yield served
 
 
+@pytest.fixture(scope="session")
+def served_by() -> Serve:
+    """`with served_by(sampler, make_room) as served:`; without arguments the painter and its room."""
+    return lambda sampler=None, room=None: serving(sampler or Painter(), room or (lambda name, seed: WhiteTile()))
+
+
 @pytest.fixture
 def painter() -> type[Painter]:
     return Painter

@@ -60,7 +60,8 @@ export function world() {
   return new WebSocket(address, ["litchi", ...bearer]);
 }
 
-export const randomSeed = () => 1_000_000 + Math.floor(Math.random() * 1_000_000_000);
+// Far above the seeds that training counts up from, so that the room is an unseen one.
+export const randomSeed = () => 1_000_000 + Math.floor(Math.random() * 9_000_000);
 
 export const dataUrl = (blob) => new Promise((resolve, reject) => {
   const reader = new FileReader();
