@@ -168,10 +168,10 @@ def _chat_completion(body: dict[str, Any]) -> Completion:
     choice = body["choices"][0]
     content = choice["message"]["content"]
     spoken = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    parts = tuple(_part(each) for each in spoken)
+    parts = [_part(each) for each in spoken]
     rows = (choice.get("logprobs") or {}).get("content") or []
     return Completion(
-        parts=parts,
+        parts=tuple(part for part in parts if not isinstance(part, Text)),
         text="".join(part.text for part in parts if isinstance(part, Text)),
         finish=choice["finish_reason"],
         prompt_tokens=body["usage"]["prompt_tokens"] or 0,

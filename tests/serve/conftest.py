@@ -74,10 +74,8 @@ class Painter:
     def complete(self, request: Request) -> Completion:
         deltas = list(self.stream(request))
         text = "".join(delta.text for delta in deltas)
-        parts: list[Part] = [Text(text=text, role=Role.ASSISTANT)] if text else []
-        parts += [delta.part for delta in deltas if delta.part is not None]
         return Completion(
-            parts=tuple(parts),
+            parts=tuple(delta.part for delta in deltas if delta.part is not None),
             text=text,
             finish=deltas[-1].finish or "stop",
             prompt_tokens=len(request.parts),
@@ -185,8 +183,10 @@ def serve() -> Serve:
     def one(painter: Painter | None = None, drift: bool = False, **settings: object) -> Iterator[Served]:
         painter = painter or Painter()
         with serving(painter, lambda name, seed: WhiteTile(drift), **settings) as served:
-            yield served
-            painter.gate.set()
+            try:
+                yield served
+            finally:
+                painter.gate.set()
 
     return one
 

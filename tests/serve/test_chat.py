@@ -10,6 +10,7 @@ import socket
 import struct
 import threading
 import zlib
+from contextlib import ExitStack
 from urllib.parse import urlsplit
 
 import httpx
@@ -278,9 +279,10 @@ def test_leaving_stops_the_work(serve, painter):
 def test_a_full_queue_says_when_to_come_again(serve, painter):
     held = painter()
     held.gate.clear()
-    with serve(held, max_queue=1) as served, httpx.Client(base_url=served.url, timeout=20) as client:
-        places = [leave_waiting(served.url) for _ in range(2)]
-        wait_for(lambda: client.get("/health").json()["queue"] == {"running": 1, "waiting": 1, "max_waiting": 1, "answered": 0})
+    with serve(held, max_queue=1) as served, httpx.Client(base_url=served.url, timeout=20) as client, ExitStack() as asked:
+        places = [asked.enter_context(leave_waiting(served.url)) for _ in range(2)]
+        full = {"running": 1, "waiting": 1, "max_waiting": 1, "answered": 0}
+        wait_for(lambda: client.get("/health").json()["queue"] == full)
         refused = client.post("/v1/chat/completions", json={"messages": [user("hi")]})
         assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
         assert refused.json()["error"]["code"] == "queue_full"
@@ -288,7 +290,6 @@ def test_a_full_queue_says_when_to_come_again(serve, painter):
         wait_for(lambda: client.get("/health").json()["queue"]["waiting"] == 0)
         held.gate.set()
         assert client.post("/v1/chat/completions", json={"messages": [user("hi")]}).status_code == 200
-        places[0].close()
 
 
 def leave_waiting(url: str) -> socket.socket:

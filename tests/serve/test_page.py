@@ -42,9 +42,10 @@ def served(served_by) -> Iterator[object]:
         with served_by() as served:
             yield served
         return
-    from litchi import cli
+    from litchi.cli import load_sampler
+    from litchi.envs.minigrid import Room
 
-    with served_by(cli.load_sampler("tiny"), cli.make_room) as served:
+    with served_by(load_sampler("tiny"), lambda name, seed: Room(name)) as served:
         yield served
 
 
@@ -96,7 +97,7 @@ def test_a_picture_of_ones_own_is_talked_about(page, tmp_path):
 
 def test_a_picture_is_drawn(page):
     page.click("#tab-draw")
-    page.fill("#draw-prompt", "a room with a red ball")
+    page.fill("#draw-prompt", "Draw a room with a red ball.")
     page.click("#draw-go")
     page.wait_for_selector("#draw-gallery img")
     assert source(page, "#draw-picture").startswith("data:image/png;base64,")

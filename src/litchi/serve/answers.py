@@ -30,7 +30,10 @@ class Choice:
 
     @classmethod
     def of(cls, answer: Completion) -> Choice:
-        return cls(list(answer.parts), answer.text, answer.finish, list(answer.tokens), [], answer.prompt_tokens)
+        """A completion tells its text beside its other parts; a body's content holds both."""
+        others = [part for part in answer.parts if not isinstance(part, Text)]
+        said: list[Part] = [Text(text=answer.text)] if answer.text else []
+        return cls([*said, *others], answer.text, answer.finish, list(answer.tokens), [], answer.prompt_tokens)
 
     def add(self, delta: Delta) -> None:
         self.text += delta.text

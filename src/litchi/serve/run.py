@@ -49,7 +49,8 @@ class ServeConfig:
     max_image_bytes: int = 8 << 20
     max_pixels: int = 16 << 20
     max_images: int = 8
-    max_text: int = 32_000
+    max_text: int = 4_000
+    """Characters of one conversation: attention is quadratic in them."""
 
     @property
     def limits(self) -> Limits:
@@ -95,7 +96,8 @@ def bind(host: str, port: int) -> socket.socket:
 
 def uvicorn_config(config: ServeConfig, sampler: Sampler, make_room: MakeRoom):  # noqa: ANN201 (an extra's type)
     uvicorn = need("serve", "uvicorn")
-    from litchi.serve.http import create_app
+    need("serve", "fastapi")
+    from litchi.serve.http import create_app  # after need, which names the missing extra
 
     app = create_app(config, Worker(sampler, config.max_queue), make_room)
     # A message of a world session is held whole in memory, as a body is: the same limit.

@@ -95,7 +95,8 @@ class Worker:
     def submit(self, requests: Sequence[Request], *, stream: bool = False) -> Job:
         """Queue requests as one job, answered in deltas (`stream`) or one completion each. Raises Busy."""
         with self._changed:
-            if len(self._waiting) >= self._max:
+            # The running one counts too: a job that the thread has not yet picked up does not fill the queue.
+            if len(self._waiting) + (self._running is not None) > self._max:
                 raise Busy(max(1, ceil(self._seconds * (len(self._waiting) + 1))))
             job = Job(requests, stream, self)
             self._waiting.append(job)

@@ -22,7 +22,7 @@ export async function room(seed) {
 
 /** Stream a chat answer: yields {text} and {image} as they come. */
 export async function* chat(messages, signal) {
-  const answer = await post("v1/chat/completions", { model: model.name, messages, stream: true, max_tokens: 128 }, signal);
+  const answer = await post("v1/chat/completions", { model: model.name, messages, stream: true, max_tokens: 256 }, signal);
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let held = "";
   for (;;) {
@@ -60,8 +60,8 @@ export function world() {
   return new WebSocket(address, ["litchi", ...bearer]);
 }
 
-// Far above the seeds that training counts up from, so that the room is an unseen one.
-export const randomSeed = () => 1_000_000 + Math.floor(Math.random() * 9_000_000);
+// Training uses only rooms below 1e9 (HELD_OUT), so that every room shown here is an unseen one.
+export const randomSeed = () => 1_000_000_000 + Math.floor(Math.random() * 1_000_000);
 
 export const dataUrl = (blob) => new Promise((resolve, reject) => {
   const reader = new FileReader();

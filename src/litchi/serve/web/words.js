@@ -9,7 +9,7 @@ const WORDS = {
     roomAlt: "A room seen from above", conversation: "Conversation", examples: "Examples",
     askHint: "Ask about the picture", ask: "Ask", stop: "Stop",
     hello: "Ask what is in the picture. The model has never seen this room before.",
-    room: (seed) => `Room ${seed}, drawn by the simulator`, own: "Your picture", resized: "resized to 64×64 for the model",
+    room: (seed) => `Unseen room ${seed}`, own: "Your picture", resized: "resized to 64×64 for the model",
     drawEmpty: "The picture appears here", drawTitle: "Describe a room",
     drawHelp: "The model draws all 64 tiles together, in a few steps.",
     drawGo: "Draw", vary: "a different one each time", earlier: "Earlier pictures",
@@ -33,7 +33,7 @@ const WORDS = {
     roomAlt: "俯视的房间", conversation: "对话", examples: "示例",
     askHint: "问问这张图", ask: "提问", stop: "停止",
     hello: "问问图里有什么。模型从未见过这个房间。",
-    room: (seed) => `房间 ${seed}，由模拟器绘制`, own: "你的图片", resized: "已缩放到 64×64 供模型使用",
+    room: (seed) => `从未见过的房间 ${seed}`, own: "你的图片", resized: "已缩放到 64×64 供模型使用",
     drawEmpty: "图片会出现在这里", drawTitle: "描述一个房间",
     drawHelp: "模型用几步同时画出全部 64 个格子。",
     drawGo: "画", vary: "每次画得不同", earlier: "之前的图片",
@@ -51,9 +51,15 @@ const WORDS = {
   },
 };
 
+// The model speaks English only, so the examples are in English whatever the page speaks.
 export const EXAMPLES = {
-  talk: ["What do you see?", "How many objects are there?", "What color is the key?", "Which way does the agent face?"],
-  draw: ["a room with a red ball", "a room with a blue key and a green box", "a room with two purple balls"],
+  talk: ["What do you see?", "What is in front of the agent?", "How many balls are there?", "Is there a red key?", "Where is the agent?"],
+  draw: [
+    "Draw a room with a red ball and a blue box.",
+    "Draw a room with three green keys.",
+    "Draw a room with a yellow key to the left of a purple ball.",
+    "Draw a room with a grey box at row 2, column 5 and the agent at row 6, column 3, facing up.",
+  ],
 };
 
 let language = localStorage.getItem("language") ?? (navigator.language.startsWith("zh") ? "zh" : "en");
