@@ -43,7 +43,9 @@ class HttpSampler:
             raise BadInput(f"base_url must look like http://127.0.0.1:8000, got {base_url!r}")
         self._secure, self._host, self._port = parts.scheme == "https", parts.hostname, parts.port
         self._root, self._timeout = parts.path.rstrip("/").removesuffix("/v1"), timeout
-        self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
+        self._headers = {"Content-Type": "application/json"} | (
+            {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        )
         self._model = model
 
     @property
@@ -83,7 +85,9 @@ class HttpSampler:
                 made = self._json("POST", "/v1/next", body | _sampling(request))
                 read, tokens = made["prompt_tokens"], tuple(made["token_ids"])
                 part = _part(made["part"])
-                return Completion(parts=(part,), text="", finish=made["finish_reason"], prompt_tokens=read, tokens=tokens)
+                return Completion(
+                    parts=(part,), text="", finish=made["finish_reason"], prompt_tokens=read, tokens=tokens
+                )
 
     def _chat_body(self, request: Request) -> dict[str, Any]:
         body = {"model": self.model, "messages": _messages(request.parts), "return_token_ids": True}

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+
 from litchi.config import BadInput
 from litchi.schema.protocol import Env, Sampler
 from litchi.schema.request import Completion, Delta, Request

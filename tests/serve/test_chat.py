@@ -162,7 +162,9 @@ def bomb(side: int) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
+    )
 
 
 def ask(**changes: object) -> dict:
@@ -222,7 +224,9 @@ def test_bad_input_is_answered_with_its_mend(post, name):
     assert re.search(message, error["message"]), error["message"]
 
 
-@pytest.mark.parametrize("raw", [b"", b"{", b"\xff\xfe", b'{"a": NaN}', b"[" * 100_000, b"null", b'{"seed": ' + b"9" * 5000 + b"}"])
+@pytest.mark.parametrize(
+    "raw", [b"", b"{", b"\xff\xfe", b'{"a": NaN}', b"[" * 100_000, b"null", b'{"seed": ' + b"9" * 5000 + b"}"]
+)
 def test_bytes_that_are_not_json_are_refused(door, raw):
     answer = httpx.post(f"{door.url}/v1/chat/completions", content=raw)
     assert answer.status_code == 400 and "JSON" in answer.json()["error"]["message"]
@@ -238,7 +242,9 @@ def test_bad_drawings_are_refused(post, body):
     assert answer.status_code == 400 and answer.json()["error"]["code"] == "bad_input"
 
 
-@pytest.mark.parametrize("path", ["/v1/rooms", "/v1/rooms?seed=x", "/v1/rooms?seed=-1", "/v1/rooms?seed=1&env=os:path-v0"])
+@pytest.mark.parametrize(
+    "path", ["/v1/rooms", "/v1/rooms?seed=x", "/v1/rooms?seed=-1", "/v1/rooms?seed=1&env=os:path-v0"]
+)
 def test_bad_rooms_are_refused(door, path):
     answer = httpx.get(door.url + path)
     assert answer.status_code == 400 and answer.json()["error"]["message"]
@@ -279,7 +285,11 @@ def test_leaving_stops_the_work(serve, painter):
 def test_a_full_queue_says_when_to_come_again(serve, painter):
     held = painter()
     held.gate.clear()
-    with serve(held, max_queue=1) as served, httpx.Client(base_url=served.url, timeout=20) as client, ExitStack() as asked:
+    with (
+        serve(held, max_queue=1) as served,
+        httpx.Client(base_url=served.url, timeout=20) as client,
+        ExitStack() as asked,
+    ):
         places = [asked.enter_context(leave_waiting(served.url)) for _ in range(2)]
         full = {"running": 1, "waiting": 1, "max_waiting": 1, "answered": 0}
         wait_for(lambda: client.get("/health").json()["queue"] == full)

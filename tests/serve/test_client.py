@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+
 from litchi.client import HttpSampler, ServerError
 from litchi.config import BadInput
 from litchi.schema.request import Request, SamplingParams

@@ -15,7 +15,18 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the path: apt-get install chromium")
 
 CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "tiny"
-KEYS = ("ArrowRight", "ArrowUp", "ArrowUp", "ArrowLeft", "ArrowUp", "ArrowRight", "ArrowRight", "ArrowUp", "p", "ArrowLeft")
+KEYS = (
+    "ArrowRight",
+    "ArrowUp",
+    "ArrowUp",
+    "ArrowLeft",
+    "ArrowUp",
+    "ArrowRight",
+    "ArrowRight",
+    "ArrowUp",
+    "p",
+    "ArrowLeft",
+)
 
 
 @pytest.fixture
@@ -43,6 +54,7 @@ def served(served_by) -> Iterator[object]:
             yield served
         return
     from litchi.cli import load_sampler
+
     from litchi.envs.minigrid import Room
 
     with served_by(load_sampler("tiny"), lambda name, seed: Room(name)) as served:
@@ -101,7 +113,10 @@ def test_a_picture_is_drawn(page):
     page.click("#draw-go")
     page.wait_for_selector("#draw-gallery img")
     assert source(page, "#draw-picture").startswith("data:image/png;base64,")
-    assert page.locator("#draw-picture").evaluate("e => [e.naturalWidth, getComputedStyle(e).imageRendering]") == [64, "pixelated"]
+    assert page.locator("#draw-picture").evaluate("e => [e.naturalWidth, getComputedStyle(e).imageRendering]") == [
+        64,
+        "pixelated",
+    ]
 
 
 def test_ten_keys_walk_through_the_dream(page):

@@ -169,6 +169,9 @@ def test_strangers_are_refused_at_the_handshake(serve):
 
 def test_a_room_is_shown_as_the_world_begins(door):
     answer = httpx.get(f"{door.url}/v1/rooms?seed=6")
-    assert answer.headers["content-type"] == "image/png" and answer.headers["x-litchi-task"] == "go%20to%20the%20red%20corner"
+    assert (
+        answer.headers["content-type"] == "image/png"
+        and answer.headers["x-litchi-task"] == "go%20to%20the%20red%20corner"
+    )
     with Player(door.url) as play:
         assert np.array_equal(pixels(play("start", seed=6)["real"]), np.array(Pillow.open(io.BytesIO(answer.content))))

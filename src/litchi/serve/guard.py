@@ -79,7 +79,7 @@ def _name(host: str) -> str:
 
 
 def _key_of(protocols: str) -> bytes:
-    """The key in a WebSocket's subprotocols: a browser can set no other header there, and an address would be logged."""
+    """The key in a WebSocket's subprotocols: a browser sets no other header there, and an address would be logged."""
     for each in protocols.split(","):
         if each.strip().startswith(KEY_PROTOCOL):
             packed = each.strip().removeprefix(KEY_PROTOCOL)

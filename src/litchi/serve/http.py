@@ -37,7 +37,8 @@ MAX_SEED = wire.MAX_SEED
 
 PAGE_HEADERS = {
     # The page loads nothing from elsewhere and nobody may frame it.
-    "Content-Security-Policy": "default-src 'self'; script-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; base-uri 'none'",
+    "Content-Security-Policy": "default-src 'self'; script-src 'self'; img-src 'self' data: blob:; "
+    "frame-ancestors 'none'; base-uri 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
@@ -222,7 +223,9 @@ class Door:
         if first is None:
             return Stopped()
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        return StreamingResponse(events(first, pieces, job, ask, writer), media_type="text/event-stream", headers=headers)
+        return StreamingResponse(
+            events(first, pieces, job, ask, writer), media_type="text/event-stream", headers=headers
+        )
 
 
 class Stopped(JSONResponse):
@@ -305,10 +308,14 @@ def described(error: Exception) -> tuple[int, dict[str, Any]]:
             faults = "; ".join(f"{fault['loc'][-1]}: {fault['msg']}" for fault in error.errors())
             return 400, answers.error(faults, "bad_input")
         case HTTPException():
-            return error.status_code, answers.error(f"{error.detail} (the endpoints are listed in /openapi.json)", "no_endpoint")
+            return error.status_code, answers.error(
+                f"{error.detail} (the endpoints are listed in /openapi.json)", "no_endpoint"
+            )
         case _:
             log.error("a request failed", exc_info=error)
-            return 500, answers.error("the server failed at this request; its log says why", "server_error", "server_error")
+            return 500, answers.error(
+                "the server failed at this request; its log says why", "server_error", "server_error"
+            )
 
 
 async def answer_error(_: Request, error: Exception) -> Response:
