@@ -11,6 +11,7 @@ import pytest
 from litchi.config import BadInput, from_json, to_json
 from litchi.envs.minigrid import demonstrate
 from litchi.eval.board import Board, markdown
+from litchi.eval.compare import compare, show
 from litchi.eval.run import ABILITIES, Bars, EvalConfig, run
 from litchi.eval.verify import load, verify
 from litchi.schema.episode import Episode
@@ -187,3 +188,34 @@ def test_there_is_no_board_before_the_end(tmp_path: Path) -> None:
         evaluate(tmp_path, Mortal(5))
     with pytest.raises(BadInput, match="no board"):
         load(tmp_path)
+
+
+# ---- compare ----
+
+
+def test_a_model_does_not_differ_from_itself(tmp_path: Path) -> None:
+    evaluate(tmp_path / "a", model="a")
+    evaluate(tmp_path / "b", model="b")
+    found = compare(tmp_path / "a", tmp_path / "b")
+    assert [d.ability for d in found] == list(ABILITIES)
+    assert all((d.interval.low, d.interval.high, d.p) == (0, 0, 1) for d in found)
+
+
+def test_a_difference_is_proven_by_enough_items(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The oracle against silence on ten films: McNemar's 2 x 0.5^10, with nothing to correct for."""
+    config = EvalConfig(abilities=("watch",), watch=10)
+    films = {"watch": samples("watch", 10)}
+    run(config, Oracle(films["watch"]), films, expert, idle, tmp_path / "oracle")
+    run(config, Quiet(), films, expert, idle, tmp_path / "quiet")
+    [found] = compare(tmp_path / "oracle", tmp_path / "quiet")
+    assert (found.interval.value, found.n, found.p) == (1, 10, pytest.approx(2 * 0.5**10))
+    show([found], "oracle", "quiet")
+    assert "+1.000" in capsys.readouterr().out
+
+
+def test_different_items_are_not_compared(tmp_path: Path) -> None:
+    for count in (2, 3):
+        config = EvalConfig(abilities=("watch",), watch=count)
+        run(config, Quiet(), test_samples(), expert, idle, tmp_path / str(count))
+    with pytest.raises(BadInput, match="different items"):
+        compare(tmp_path / "2", tmp_path / "3")

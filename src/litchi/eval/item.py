@@ -136,13 +136,18 @@ def interval(above: np.ndarray, below: np.ndarray, strata: np.ndarray, is_binary
 
 
 def p_value(headline: Headline, rows: Sequence[Row]) -> float:
-    """That the score and its baseline do not differ, item by item: exact McNemar, or swaps where items are grouped."""
+    """That the score and its baseline do not differ, item by item."""
     rows = [row for row in rows if row.part == headline.figure.part]
-    ours, theirs = columns(headline.figure, rows), columns(headline.baseline, rows)
-    single = len(ours[0]) == len(rows) and len(np.unique(ours[2])) == 1
-    if single and binary(headline.figure, rows) and binary(headline.baseline, rows):
-        return mcnemar(ours[0].tolist(), theirs[0].tolist())
-    return swap_test(ours[:2], theirs[:2], ours[2])
+    return paired(headline.figure, rows, headline.baseline, rows)
+
+
+def paired(ours: Figure, our_rows: Sequence[Row], theirs: Figure, their_rows: Sequence[Row]) -> float:
+    """The p-value of two figures on the same items: exact McNemar, or swaps of whole groups where items share one."""
+    (a1, b1, strata), (a2, b2, _) = columns(ours, our_rows), columns(theirs, their_rows)
+    single = len(a1) == len(our_rows) and len(np.unique(strata)) == 1
+    if single and binary(ours, our_rows) and binary(theirs, their_rows):
+        return mcnemar(a1.tolist(), a2.tolist())
+    return swap_test((a1, b1), (a2, b2), strata)
 
 
 def columns(figure: Figure, rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

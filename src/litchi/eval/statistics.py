@@ -20,6 +20,10 @@ SWAPS = 10_000
 """Random swaps of a permutation test; the smallest p-value it can report is about 1e-4."""
 
 
+Sums = tuple[Float[np.ndarray, "G"], Float[np.ndarray, "G"]]
+"""What each group adds above and below the line of a ratio."""
+
+
 @dataclass(frozen=True, slots=True)
 class Interval:
     """A figure with the ends of its confidence interval and the name of the method that gave them."""
@@ -104,15 +108,15 @@ def mcnemar(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 
 def swap_test(
-    ours: tuple[Float[np.ndarray, "G"], Float[np.ndarray, "G"]],
-    theirs: tuple[Float[np.ndarray, "G"], Float[np.ndarray, "G"]],
+    ours: Sums,
+    theirs: Sums,
     strata: Int[np.ndarray, "G"] | None = None,
     swaps: int = SWAPS,
     seed: int = 0,
 ) -> float:
     """The two-sided p-value that the labels "ours" and "theirs" are exchangeable within each group.
 
-    Each side is (above, below) as in `bootstrap`. The observed labelling counts as one swap, so that p is never 0.
+    The observed labelling counts as one swap, so that p is never 0.
     Source: approximate randomisation; E. W. Noreen, "Computer-intensive Methods for Testing Hypotheses" (1989).
     """
     strata = np.zeros(len(ours[0]), int) if strata is None else strata
@@ -128,18 +132,23 @@ def swap_test(
 
 
 def paired_bootstrap(
-    ours: Float[np.ndarray, "G"],
-    theirs: Float[np.ndarray, "G"],
-    confidence: float = 0.95,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
+    ours: Sums, theirs: Sums, strata: Int[np.ndarray, "G"] | None = None, resamples: int = RESAMPLES, seed: int = 0
 ) -> Interval:
-    """The percentile interval of the mean difference ours - theirs over the same groups.
+    """The 95 % percentile interval of the difference ours - theirs; each resample draws the same groups for both.
 
-    Source: Efron and Tibshirani, as above, on the differences; P. Koehn, "Statistical significance tests" (EMNLP 2004).
+    Source: Efron and Tibshirani, as in `bootstrap`; P. Koehn, "Statistical significance tests for machine translation
+    evaluation", EMNLP 2004.
     """
-    difference = np.asarray(ours, float) - np.asarray(theirs, float)
-    return bootstrap(difference, np.ones(len(difference)), None, confidence, resamples, seed)
+    strata = np.zeros(len(ours[0]), int) if strata is None else strata
+    rng = np.random.default_rng(seed)
+    values, draws = [], []
+    for stratum in np.unique(strata):
+        (a1, b1), (a2, b2) = ((side[0][strata == stratum], side[1][strata == stratum]) for side in (ours, theirs))
+        counts = rng.multinomial(len(a1), np.full(len(a1), 1 / len(a1)), size=resamples)
+        values.append(ratio(a1.sum(), b1.sum()) - ratio(a2.sum(), b2.sum()))
+        draws.append(ratio(counts @ a1, counts @ b1) - ratio(counts @ a2, counts @ b2))
+    low, high = np.quantile(np.mean(draws, axis=0), [0.025, 0.975])
+    return Interval(float(np.mean(values)), float(low), float(high), "paired bootstrap")
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
