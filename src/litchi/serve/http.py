@@ -1,4 +1,4 @@
-"""The door: HTTP endpoints over a `Worker`, and world sessions over a WebSocket. It computes nothing itself."""
+"""The door: HTTP endpoints over a `Worker`, and world sessions over a WebSocket, which compute nothing themselves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Request bodies in OpenAI's words to our `Request`s, with every value checked. No network, no model."""
+"""Request bodies in OpenAI's words to our `Request`s, with every value checked, and neither network nor model."""
 
 from __future__ import annotations
 
