@@ -17,6 +17,10 @@ LENGTH = 5
 """Transitions of a rollout to learn from."""
 TEST_LENGTH = 20
 """Transitions of a test rollout: from an untouched level, uniformly random actions."""
+PLAYED = 6
+"""Steps of a demonstration that are foreseen as well as imitated: two copies of each frame fill a row."""
+REMEMBERED = 12
+"""Steps of a demonstration that a policy sees at once."""
 CARRYING = 0.35
 """The share of rollouts to learn from that begin with a thing in hand."""
 
@@ -34,13 +38,25 @@ def foresee(ticket: Ticket) -> Sample:
 
 def play(ticket: Ticket) -> Sample:
     """Instruction, frame, action, ..., frame; actions and frames are learned."""
-    return sample_of(shown(ticket), ticket, learn_actions=True, learn_frames=True)
+    episode = shown(ticket)
+    sample = sample_of(window(episode, PLAYED, ticket.rng), ticket, learn_actions=True, learn_frames=True)
+    return replace(sample, meta={**sample.meta, "success": episode.success})
 
 
 def act(ticket: Ticket) -> Sample:
     """Instruction, view, action, view, action; the actions are learned from what the agent itself sees."""
-    episode = replace(demonstrate("BabyAI-GoToRedBall-v0", ticket.world, "agent"), last=())
-    return sample_of(episode, ticket, learn_actions=True, learn_frames=False)
+    episode = demonstrate("BabyAI-GoToRedBall-v0", ticket.world, "agent")
+    seen = replace(window(episode, REMEMBERED, ticket.rng), last=())
+    sample = sample_of(seen, ticket, learn_actions=True, learn_frames=False)
+    return replace(sample, meta={**sample.meta, "success": episode.success})
+
+
+def window(episode: Episode, length: int, rng: np.random.Generator) -> Episode:
+    """At most `length` steps of an episode, from a random one on; short episodes stay whole."""
+    first = int(rng.integers(max(0, len(episode.steps) - length) + 1))
+    chosen = episode.steps[first : first + length]
+    after = episode.steps[first + length].observation if first + length < len(episode.steps) else episode.last
+    return replace(episode, steps=chosen, last=after)
 
 
 def shown(ticket: Ticket) -> Episode:
@@ -62,4 +78,4 @@ def rollout(room: Room, policy, length: int, rng: np.random.Generator) -> Episod
 
 def sample_of(episode: Episode, ticket: Ticket, *, learn_actions: bool, learn_frames: bool) -> Sample:
     sample = episode.to_sample(learn_actions=learn_actions, learn_frames=learn_frames)
-    return replace(sample, key=ticket.key, source=ticket.source, meta={"world": ticket.world, "success": episode.success})
+    return replace(sample, key=ticket.key, source=ticket.source, meta={"world": ticket.world})

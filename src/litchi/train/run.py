@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import signal
 import time
 from collections.abc import Mapping
@@ -115,20 +116,25 @@ def prepare(config: TrainConfig) -> torch.device:
     """Threads and memory of this process, and the device."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    keep_freed_memory()
+    tame_memory()
     if config.device != "auto":
         return torch.device(config.device)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def keep_freed_memory() -> None:
-    """Ask glibc not to give big tensors back to the kernel: page faults cost a tenth of a CPU step."""
+def tame_memory() -> None:
+    """Two habits of a CPU step's libraries that cost time or memory; call before the first matrix product.
+
+    glibc gives big tensors back to the kernel, and page faults cost a tenth of a step. oneDNN keeps a thousand compiled
+    products by shape, and shapes change with every batch: megabytes a step.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
     try:
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
     except OSError:
-        pass  # another C library has its own habits
+        return  # another C library has its own habits
+    for option, value in ((-3, 1 << 26), (-1, 1 << 29), (-8, 1)):  # mmap threshold, trim threshold, arenas
+        libc.mallopt(option, value)
 
 
 def fresh(config, model_config: ModelConfig, processor: Processor, samples: Samples, device: torch.device) -> State:
