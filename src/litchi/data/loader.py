@@ -69,7 +69,8 @@ class Loader(Iterator[Sample]):
         *,
         epoch_samples: int = 65_536,
     ) -> None:
-        self.samples, self.mixture, self.seed, self.epoch_samples = samples_by_source, dict(mixture), seed, epoch_samples
+        self.samples, self.mixture = samples_by_source, dict(mixture)
+        self.seed, self.epoch_samples = seed, epoch_samples
         self.counts = {source: len(found) for source, found in samples_by_source.items()}
         self.plans: OrderedDict[int, list[tuple[str, int]]] = OrderedDict()
         self.position = 0
@@ -102,7 +103,8 @@ class Loader(Iterator[Sample]):
         """Go on where `state` was taken. Raises BadInput if it was taken from other data."""
         for name, mine in self.identity().items():
             if state[name] != mine:
-                raise BadInput(f"the saved position is of another order: {name} was {state[name]}, now {mine}; use the same data")
+                was = f"{name} was {state[name]}, now {mine}"
+                raise BadInput(f"the saved position is of another order: {was}; use the same data")
         self.position = state["position"]
 
     def identity(self) -> dict[str, Any]:

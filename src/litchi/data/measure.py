@@ -14,7 +14,7 @@ from litchi.schema.sample import Sample
 
 
 def measure(root: Path, shards: Sequence[Shard]) -> dict[str, float]:
-    """`seen/SOURCE`: test samples whose first picture is the first of a training sample. `guess/KIND`: question only."""
+    """`seen/SOURCE`: test samples whose first picture is the first of a training sample. `guess/KIND`: see there."""
     facts: dict[str, float] = {}
     train, test = by_source(shards, "train"), by_source(shards, "test")
     for source in sorted(set(train) & set(test)):

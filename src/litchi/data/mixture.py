@@ -1,4 +1,4 @@
-"""A mixture becomes one global order of samples; how many processes read it, and who reads what, is not its business."""
+"""A mixture becomes one global order of samples; how many processes read it, and who reads what, is left to others."""
 
 from __future__ import annotations
 

@@ -16,13 +16,21 @@ from litchi.data.shards import VERSION, Manifest, Shard, describe_shard, origin_
 from litchi.data.ticket import Split, Ticket
 from litchi.record import Progress
 
-TRAIN = {"talk": 60_000, "describe": 40_000, "draw": 60_000, "foresee": 25_000, "play": 5_000, "watch": 30_000, "act": 5_000}
+TRAIN = {
+    "talk": 60_000,
+    "describe": 40_000,
+    "draw": 60_000,
+    "foresee": 25_000,
+    "play": 5_000,
+    "watch": 30_000,
+    "act": 5_000,
+}
 TEST = {"talk": 1_024, "describe": 1_024, "draw": 1_024, "watch": 1_024, "foresee": 512}
 
 
 @dataclass(frozen=True, slots=True)
 class DataConfig:
-    """How many samples of each source. A policy is judged in worlds of its own, so `act` and `play` need no test samples."""
+    """How many samples of each source. A policy is judged in held-out worlds, so it needs no test samples."""
 
     train: dict[str, int] = field(default_factory=lambda: dict(TRAIN))
     test: dict[str, int] = field(default_factory=lambda: dict(TEST))
@@ -103,5 +111,3 @@ def workers(count: int) -> Iterator:
     # spawn: a fork would copy threads that a caller may have, such as torch's
     with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
         yield pool.map
-
-

@@ -6,7 +6,7 @@ from functools import cache
 
 import numpy as np
 
-from litchi.data.questions import FOLLOW_UPS, Question, choose, choose_follow_up, phrase
+from litchi.data.questions import FOLLOW_UPS, Question, book, choose, choose_follow_up, phrase
 from litchi.data.ticket import Ticket
 from litchi.data.words import pick
 from litchi.envs.minigrid import Room
@@ -39,13 +39,14 @@ def talk(ticket: Ticket) -> Sample:
 def dialogue(scene: Scene, rng: np.random.Generator) -> list[tuple[Question, str, str]]:
     """(question, words, kind) of each turn; a turn that leans on the one before is of kind "follow-up"."""
     asked: list[Question] = []
+    pages = book(scene)
     turns = []
     for _ in range(int(rng.integers(5, 8))):
-        leaning = choose_follow_up(scene, rng, asked) if asked and rng.random() < FOLLOW_UPS else None
+        leaning = choose_follow_up(pages, rng, asked) if asked and rng.random() < FOLLOW_UPS else None
         if leaning:
             question, words = leaning
         else:
-            question = choose(scene, rng, asked)
+            question = choose(pages, rng, asked)
             words = phrase(question, rng)
         asked.append(question)
         turns.append((question, words, "follow-up" if leaning else question.kind))
@@ -53,7 +54,7 @@ def dialogue(scene: Scene, rng: np.random.Generator) -> list[tuple[Question, str
 
 
 def arranged(rng: np.random.Generator) -> Scene:
-    """A random room with an even number of each kind, often with a thing beside another and the agent facing something."""
+    """A random room with an even number of each kind, often with neighbours and the agent facing something."""
     counts = counts_by_kind(rng)
     names = [(kind, pick(rng, COLOURS)) for kind, number in zip(KINDS, counts, strict=True) for _ in range(number)]
     scene = random_scene(rng, names=names)

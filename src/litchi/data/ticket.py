@@ -42,7 +42,8 @@ class Ticket:
     @property
     def rng(self) -> np.random.Generator:
         """A fresh generator, the same at every call."""
-        return np.random.default_rng([self.seed, SPLITS.index(self.split), zlib.crc32(self.source.encode()), self.index])
+        source = zlib.crc32(self.source.encode())
+        return np.random.default_rng([self.seed, SPLITS.index(self.split), source, self.index])
 
     @property
     def world(self) -> int:

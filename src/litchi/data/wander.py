@@ -12,7 +12,7 @@ LEFT, RIGHT, FORWARD, PICKUP, DROP, TOGGLE, DONE = range(len(ACTIONS))
 
 
 def scatter(room: Room, rng: np.random.Generator, *, carrying: float) -> None:
-    """Put the agent of a freshly reset room at a random free cell, with probability `carrying` holding one of its things.
+    """Put the agent of a fresh room at a random free cell, with probability `carrying` holding one of its things.
 
     A level never begins beside a thing, and a short rollout would seldom touch one.
     """
@@ -70,5 +70,3 @@ def in_front(scene: Scene) -> Thing | str:
     row, column, direction = scene.agent
     down, right = STEPS[direction]
     return scene.at(row + down, column + right)
-
-

@@ -6,7 +6,7 @@ import numpy as np
 
 from litchi.data.talk import simulator
 from litchi.data.ticket import Ticket
-from litchi.data.wander import FORWARD, LEFT, RIGHT, meddle, scatter, uniform
+from litchi.data.wander import meddle, scatter, uniform
 from litchi.data.words import pick
 from litchi.envs.scene import Scene, render
 from litchi.schema.sample import Role, Sample, Text, Video

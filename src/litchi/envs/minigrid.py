@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import gymnasium
 import numpy as np
 from jaxtyping import UInt8
+from minigrid.envs.babyai.core import roomgrid_level
+from minigrid.utils.baby_ai_bot import BabyAIBot
 
 from litchi.config import BadInput
 from litchi.envs.scene import Scene, render
 from litchi.envs.tiles import SIDE, TILE
 from litchi.schema.episode import Episode, Step
 from litchi.schema.sample import Action, Image, Part
-
-# After litchi.envs.tiles, which silences what minigrid's import prints.
-import gymnasium
-from minigrid.envs.babyai.core import roomgrid_level
-from minigrid.utils.baby_ai_bot import BabyAIBot
 
 SPACE = "minigrid"
 ACTIONS = ("left", "right", "forward", "pickup", "drop", "toggle", "done")
@@ -38,8 +36,9 @@ class Room:
             self.sim: Any = gymnasium.make(env_id, disable_env_checker=True).unwrapped
         except gymnasium.error.Error as error:
             raise BadInput(f"no room {env_id!r}: {error}; choose a single-room BabyAI level") from error
-        if (self.sim.width, self.sim.height) != (SIDE, SIDE):
-            raise BadInput(f"{env_id} is {self.sim.width}x{self.sim.height} tiles, not {SIDE}x{SIDE}: choose another level")
+        width, height = self.sim.width, self.sim.height
+        if (width, height) != (SIDE, SIDE):
+            raise BadInput(f"{env_id} is {width}x{height} tiles, not {SIDE}x{SIDE}: choose another level")
         if view not in ("full", "agent"):
             raise BadInput(f"no view {view!r}; choose full or agent")
         self.env_id, self.view = env_id, view

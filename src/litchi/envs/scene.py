@@ -122,11 +122,12 @@ def read(pixels: UInt8[np.ndarray, "h w 3"]) -> Scene | None:
 
 def scene_of(board: Board) -> Scene | None:
     """The scene of a board; None if the walls are broken or more than one agent is there."""
-    walls = board == WALL
     slot = int(board[SLOT])
-    if walls[1:-1, 1:-1].any() or not (walls[-1].all() and walls[1:, 0].all() and walls[:, -1].all() and walls[0, 1:].all()):
-        return None
-    if slot != WALL and slot < THING:
+    walls = board == WALL
+    walls[SLOT] = slot == WALL or slot >= THING
+    edge = np.ones_like(walls)
+    edge[1:-1, 1:-1] = False
+    if not np.array_equal(walls, edge):
         return None
     things, agents = [], []
     for row in INSIDE:
