@@ -176,7 +176,8 @@ def test_draw_averages_over_six_categories_and_keeps_layouts_apart() -> None:
 
 def test_pictures_survive_the_record() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    assert np.array_equal(picture_pixels(picture_text(pixels)), pixels)
+    again = picture_pixels(picture_text(pixels))
+    assert np.array_equal(again, pixels) and again.flags.writeable, "torch warns of arrays it may not write to"
 
 
 # ---- foresee ----
@@ -190,7 +191,7 @@ def test_copying_scores_exactly_the_copy_baseline() -> None:
     assert 0 < score.value < 1
     assert named(task, rows)["changed tiles right"] == 0
     # In a dream that copies, step k is right as long as the room looks as it did at the start.
-    assert named(task, rows)["drift: first divergence after step 20"] == 0
+    assert named(task, rows)["drift: exact up to step 20"] == 0
 
 
 def test_the_simulator_never_drifts_and_feels_every_action() -> None:
@@ -262,6 +263,9 @@ def test_act_counts_what_the_environment_calls_success() -> None:
     task = act(range(HELD_OUT, HELD_OUT + 4), expert, nothing)
     score, baseline = headline(task, asked(task, Quiet()))
     assert (score.value, score.n, baseline.value) == (1, 4, 0)
+    [steps, idle, _] = figures(task, asked(task, Quiet()))
+    assert steps.low <= steps.value <= steps.high and steps.value > 1
+    assert (idle.low, idle.high) == (0, 0), "no share: Wilson would give it an end below 1"
 
 
 # ---- receipts ----

@@ -60,6 +60,8 @@ class Figure:
     below: str = "n"
     part: str = ""
     over: Literal["all", "mean", "each"] = "all"
+    share: bool = True
+    """Whether it lies between 0 and 1, as Wilson's interval takes for granted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +119,12 @@ def measure(figure: Figure, rows: Sequence[Row]) -> list[Estimate]:
 
 def one(name: str, figure: Figure, rows: Sequence[Row]) -> Estimate:
     above, below, strata = columns(figure, rows)
-    found = interval(above, below, strata, binary(figure, rows))
+    found = interval(above, below, strata, binary(figure, rows)) if figure.share else bootstrap(above, below, strata)
     return Estimate(name, found.value, found.low, found.high, len(rows), found.method)
 
 
 def interval(above: np.ndarray, below: np.ndarray, strata: np.ndarray, is_binary: bool) -> Interval:
-    """Wilson for hits and misses, the bootstrap for the rest.
+    """The interval of a share: Wilson for hits and misses, the bootstrap for the rest.
 
     Resampling what is all right (or all wrong) shows no spread; there the groups count as that many single trials.
     """

@@ -72,7 +72,7 @@ def picture_text(pixels: UInt8[np.ndarray, "h w 3"]) -> str:
 
 
 def picture_pixels(text: str) -> UInt8[np.ndarray, "h w 3"]:
-    return np.asarray(Picture.open(io.BytesIO(base64.b64decode(text))).convert("RGB"))
+    return np.array(Picture.open(io.BytesIO(base64.b64decode(text))).convert("RGB"))
 
 
 class Rows:

@@ -20,8 +20,8 @@ HEADLINE = Headline(
     "unseen seeds of GoToRedBall; published after imitation of 5 k demonstrations: 89.6 to 99.3 % (BabyAI 1.0, 1.1)",
 )
 DETAILS = (
-    Figure("steps of an episode", "steps"),
-    Figure("steps of a random episode", "random_steps"),
+    Figure("steps of an episode", "steps", share=False),
+    Figure("steps of a random episode", "random_steps", share=False),
     Figure("reward of an episode", "reward"),
 )
 

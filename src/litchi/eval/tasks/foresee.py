@@ -40,8 +40,8 @@ def details(drift_steps: int) -> tuple[Figure, ...]:
         Figure("frames where something changed exact", "moved_exact", "moved"),
         Figure("action sensitivity", "broken", "shifted"),
         *(Figure(f"drift: step {k} exact", f"exact@{k}", part="drift") for k in steps),
-        *(Figure(f"drift: first divergence after step {k}", f"alive@{k}", part="drift") for k in steps),
-        Figure("drift: steps before divergence", "before_divergence", part="drift"),
+        *(Figure(f"drift: exact up to step {k}", f"alive@{k}", part="drift") for k in steps),
+        Figure("drift: steps before divergence", "before_divergence", part="drift", share=False),
     )
 
 
