@@ -1,4 +1,4 @@
-"""The surface: `litchi VERB RECIPE|CHECKPOINT [--set a.b=c]`. It wires stages, which never meet each other.
+"""The command line wires stages, which never meet each other: `litchi VERB RECIPE|CHECKPOINT [--set a.b=c]`.
 
 Exit codes: 0 done, 1 a check failed, 2 bad input, 130 interrupted.
 """
@@ -8,12 +8,19 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from litchi.config import BadInput, from_json, override, to_json
+from litchi.schema.request import Request
+from litchi.schema.sample import Image, Part, Role, Text
 
 if TYPE_CHECKING:
     from litchi.eval.board import Board
@@ -54,57 +61,115 @@ class Place:
 # ---- verbs --------------------------------------------------------------------------------------------------------
 
 
-def demo(run: Run, place: Place, args: argparse.Namespace) -> int:
-    """All stages of a small run, and then the page."""
+def demo(args: argparse.Namespace) -> int:
+    """Run all stages of a small recipe, ask the result a question over HTTP, and show where the page is."""
+    from litchi.eval.board import show as show_board
+
+    run, place = begin(args)
     make_data(run, place)
     checkpoint = make_checkpoint(run, place)
+    scores = make_board(run, checkpoint, place)
+    with listening(run, checkpoint) as address:
+        ask_something(address, run)
+        show_board(scores)
+        print(f"The page: {address}")
+        if sys.stdout.isatty():
+            print("Open it in a browser; Ctrl-C ends.")
+            threading.Event().wait()
+    print(f"To open it again: {sys.argv[0]} serve {checkpoint}")
+    return 0
+
+
+def data(args: argparse.Namespace) -> int:
+    """Make the shards of a recipe that are missing."""
+    make_data(*begin(args))
+    return 0
+
+
+def train(args: argparse.Namespace) -> int:
+    """Train a recipe on its shards, from where it stands."""
+    print(make_checkpoint(*begin(args)))
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Score a checkpoint (by default the newest of the recipe) on unseen worlds, from where it stands."""
+    run, place = begin(args)
+    checkpoint = find_checkpoint(args.checkpoint) if args.checkpoint else last_checkpoint(place)
     board = make_board(run, checkpoint, place)
-    greet(checkpoint)
-    del board
-    if args.stay:
-        serve_checkpoint(run, checkpoint)
-    else:
-        print(f"To talk, draw and play with it in a browser: litchi serve {checkpoint}")
-    return 0
-
-
-def data(run: Run, place: Place, args: argparse.Namespace) -> int:
-    """Make the shards of a run."""
-    make_data(run, place)
-    return 0
-
-
-def train(run: Run, place: Place, args: argparse.Namespace) -> int:
-    """Train a run on its shards, from where it stands."""
-    print(make_checkpoint(run, place))
-    return 0
-
-
-def evaluate(run: Run, place: Place, args: argparse.Namespace) -> int:
-    """Score a checkpoint on unseen worlds."""
-    from litchi.train.run import newest_checkpoint
-
-    checkpoint = args.checkpoint or newest_checkpoint(place.train)
-    if checkpoint is None:
-        raise BadInput(f"nothing trained in {place.train}: run `litchi train` first, or name a --checkpoint")
-    board = make_board(run, Path(checkpoint), place)
     if args.json:
         print(to_json(board))
     return 0
 
 
-def serve(run: Run, place: Place, args: argparse.Namespace) -> int:
-    """Open the door and the page."""
-    serve_checkpoint(run, place.folder)
+def board(args: argparse.Namespace) -> int:
+    """Print the board of an evaluation."""
+    from litchi.eval.board import markdown, show, show_details
+    from litchi.eval.verify import load
+
+    found = load(args.folder)
+    if args.json or args.markdown:
+        print(to_json(found) if args.json else markdown(found))
+        return 0
+    show(found)
+    show_details(found)
     return 0
 
 
-COMMANDS: dict[str, Callable[[Run, Place, argparse.Namespace], int]] = {
-    "demo": demo,
-    "data": data,
-    "train": train,
-    "eval": evaluate,
-}
+def verify(args: argparse.Namespace) -> int:
+    """Derive every figure of a board again from its receipts; 1 if any differs."""
+    from litchi.eval.verify import load
+    from litchi.eval.verify import verify as verify_board
+
+    faults = verify_board(load(args.folder), args.folder)
+    for fault in faults:
+        print(fault)
+    print(f"{len(faults)} faults" if faults else "every figure follows from its rows")
+    return 1 if faults else 0
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Open the door and the page for a checkpoint, by folder or by the name of one that is shipped."""
+    from litchi.envs.minigrid import Room
+    from litchi.serve.run import run as serve_run
+
+    checkpoint = find_checkpoint(args.checkpoint)
+    run = run_of(checkpoint, args.settings)
+    serve_run(run.serve, load_sampler(checkpoint), lambda env, seed: Room(env))
+    return 0
+
+
+def chat(args: argparse.Namespace) -> int:
+    """Talk with a checkpoint about a picture, in the terminal."""
+    sampler = load_sampler(args.checkpoint)
+    parts: list[Part] = [first_picture(args)]
+    print("Ask about the picture; an empty line ends.")
+    while question := ask("you> "):
+        parts.append(Text(text=question, role=Role.USER))
+        said = ""
+        print("model> ", end="", flush=True)
+        for delta in sampler.stream(Request(parts=tuple(parts))):
+            said += delta.text
+            print(delta.text, end="", flush=True)
+            if isinstance(delta.part, Image):
+                print(f"[drew {keep_picture(delta.part)}]", end="")
+        print()
+        parts.append(Text(text=said, role=Role.ASSISTANT))
+    return 0
+
+
+def act(args: argparse.Namespace) -> int:
+    """Let a checkpoint act in the real simulator and say how often it succeeds."""
+    from litchi.act.policy import Policy
+    from litchi.act.run import run as act_run
+    from litchi.envs.minigrid import SPACE, Room
+
+    checkpoint = find_checkpoint(args.checkpoint)
+    config = run_of(checkpoint, args.settings).act
+    room = Room(config.env, "agent" if config.view == "agent" else "full")
+    tally = act_run(config, room, Policy(load_sampler(checkpoint), SPACE, config.context_frames), lambda episode: None)
+    print(f"{config.env}: {tally.successes} of {tally.episodes} episodes succeed, {tally.steps} steps")
+    return 0
 
 
 # ---- wiring -------------------------------------------------------------------------------------------------------
@@ -193,16 +258,47 @@ def find_checkpoint(name: str | Path) -> Path:
     raise BadInput(f"no checkpoint at {str(name)!r}: give a folder that `litchi train` wrote, or one of: {shipped}")
 
 
-def serve_checkpoint(run: Run, checkpoint: Path) -> None:
+def run_of(checkpoint: Path, settings: Sequence[str]) -> Run:
+    """The Run that wrote a checkpoint, with settings applied."""
+    from litchi.run import Run
+
+    run = from_json(Run, (checkpoint / "run.json").read_text(encoding="utf-8"))
+    for setting in settings:
+        run = override(run, setting)
+    return run
+
+
+def last_checkpoint(place: Place) -> Path:
+    from litchi.train.run import newest_checkpoint
+
+    found = newest_checkpoint(place.train)
+    if found is None:
+        raise BadInput(f"nothing trained in {place.train}: run `litchi train` first, or name a --checkpoint")
+    return found
+
+
+@contextmanager
+def listening(run: Run, checkpoint: Path) -> Iterator[str]:
+    """The address of a server on a checkpoint, while the block runs."""
     from litchi.envs.minigrid import Room
-    from litchi.serve.run import run as serve_run
+    from litchi.serve.run import background
 
-    serve_run(run.serve, load_sampler(checkpoint), lambda env, seed: Room(env))
+    with background(run.serve, load_sampler(checkpoint), lambda env, seed: Room(env)) as address:
+        yield address
 
 
-def greet(checkpoint: Path) -> None:
-    """One served request: a question about a real room, over HTTP."""
-    print(f"checkpoint: {checkpoint}")
+def ask_something(address: str, run: Run) -> None:
+    """One question about an unseen room, through the door as anyone's would go."""
+    from litchi.client import HttpSampler
+    from litchi.envs.minigrid import HELD_OUT, Room
+
+    room = Room(run.serve.envs[0])
+    picture = room.reset(HELD_OUT + 7)[0]
+    question = "Where is the agent?"
+    parts = (replace(picture, role=Role.USER), Text(text=question, role=Role.USER))
+    answer = HttpSampler(address).complete(Request(parts=parts))
+    row, column, _ = room.scene.agent
+    print(f"Asked over HTTP: {question}  Answer: {answer.text}  (It is at row {row}, column {column}.)")
 
 
 # ---- words --------------------------------------------------------------------------------------------------------
@@ -228,19 +324,92 @@ def load_run(recipe: str, settings: Sequence[str]) -> Run:
     return run
 
 
+def begin(args: argparse.Namespace) -> tuple[Run, Place]:
+    """The Run and the folder that the arguments name."""
+    run = load_run(args.recipe, args.settings)
+    place = Place(args.folder or Path("runs") / run.name)
+    place.folder.mkdir(parents=True, exist_ok=True)
+    return run, place
+
+
+def first_picture(args: argparse.Namespace) -> Image:
+    """The picture that `chat` is about: a file, or an unseen room."""
+    from litchi.envs.minigrid import HELD_OUT, Room
+
+    if args.image is None:
+        picture = Room().reset(HELD_OUT + args.seed)[0]
+        assert isinstance(picture, Image)
+        picture = replace(picture, role=Role.USER)
+        print(f"A room: {keep_picture(picture)}")
+        return picture
+    from PIL import Image as Pillow
+    from PIL import UnidentifiedImageError
+
+    try:
+        with Pillow.open(args.image) as opened:
+            pixels = np.asarray(opened.convert("RGB").resize((64, 64), Pillow.Resampling.NEAREST))
+    except (UnidentifiedImageError, OSError) as error:
+        raise BadInput(f"{args.image} is not a picture that can be read ({error}): give a PNG or JPEG file") from error
+    return Image(pixels=pixels, role=Role.USER)
+
+
+def keep_picture(image: Image) -> Path:
+    from PIL import Image as Pillow
+
+    path = Path(tempfile.mkdtemp(prefix="litchi-")) / "picture.png"
+    Pillow.fromarray(image.pixels).resize((512, 512), Pillow.Resampling.NEAREST).save(path)
+    return path
+
+
+def ask(prompt: str) -> str:
+    try:
+        return input(prompt).strip()
+    except EOFError:
+        return ""
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="litchi", description="The whole life of a multimodal model.")
+    top.set_defaults(settings=[])
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for name, command in COMMANDS.items():
-        sub = verbs.add_parser(name, help=(command.__doc__ or "").strip())
-        sub.add_argument("recipe", nargs="?", default="tiny:demo" if name == "demo" else "tiny")
-        sub.add_argument("--set", dest="settings", action="append", default=[], metavar="a.b=c")
+
+    def verb(
+        name: str, function: Callable[[argparse.Namespace], int], *, settings: bool = True
+    ) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=(function.__doc__ or "").split("\n")[0], description=function.__doc__)
+        sub.set_defaults(function=function)
+        if settings:
+            sub.add_argument("--set", dest="settings", action="append", metavar="a.b=c", help="change one setting")
+        return sub
+
+    for name, function, recipe in (
+        ("demo", demo, "tiny:demo"),
+        ("data", data, ""),
+        ("train", train, ""),
+        ("eval", evaluate, ""),
+    ):
+        sub = verb(name, function)
+        sub.add_argument(
+            "recipe",
+            **({"nargs": "?", "default": recipe} if recipe else {}),
+            help="module of recipes, or module:function",
+        )
         sub.add_argument("--folder", type=Path, help="where the run keeps its files (default runs/NAME)")
-        if name == "demo":
-            sub.add_argument("--stay", action="store_true", help="keep the page open at the end")
         if name == "eval":
-            sub.add_argument("--checkpoint")
+            sub.add_argument("--checkpoint", help="a folder, or the name of a shipped checkpoint")
+            sub.add_argument("--json", action="store_true", help="print the board as JSON")
+    for name, function in (("board", board), ("verify", verify)):
+        sub = verb(name, function, settings=False)
+        sub.add_argument("folder", type=Path, help="the folder of an evaluation, such as runs/tiny/eval")
+        if name == "board":
             sub.add_argument("--json", action="store_true")
+            sub.add_argument("--markdown", action="store_true")
+    for name, function in (("serve", serve), ("chat", chat), ("act", act)):
+        sub = verb(name, function, settings=name != "chat")
+        sub.add_argument("checkpoint", nargs="?", default="tiny", help="a folder, or the name of a shipped checkpoint")
+        if name == "chat":
+            sub.add_argument("--image", type=Path, help="a picture; without it an unseen room")
+            sub.add_argument("--seed", type=int, default=0, help="which unseen room")
     return top
 
 
@@ -248,10 +417,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run a verb, and turn bad input into one line and exit code 2."""
     args = parser().parse_args(argv)
     try:
-        run = load_run(args.recipe, args.settings)
-        place = Place(args.folder or Path("runs") / run.name)
-        place.folder.mkdir(parents=True, exist_ok=True)
-        return COMMANDS[args.verb](run, place, args)
+        return args.function(args)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -262,6 +428,3 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
-
-
-__all__ = ["find_checkpoint", "from_json", "load_run", "load_sampler", "main"]

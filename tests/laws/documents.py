@@ -21,7 +21,9 @@ def processor(*, flow: bool = False) -> Processor:
     """A small processor; pictures are raw patches (flow) or digits of a codec (mask)."""
     tokenizer = Tokenizer.train([" ".join(WORDS)] * 3, vocab_size=330, actions=TOKENS)
     torch.manual_seed(0)
-    codec = PixelCodec(PixelCodecConfig(patch=4)) if flow else TileCodec(TileCodecConfig(patch=8, tile=4, levels=(3, 3)))
+    codec = (
+        PixelCodec(PixelCodecConfig(patch=4)) if flow else TileCodec(TileCodecConfig(patch=8, tile=4, levels=(3, 3)))
+    )
     return Processor(tokenizer, codec, SPACES, Noising(blank_frames=0.5))
 
 
@@ -51,7 +53,11 @@ def samples(draw: st.DrawFn) -> Sample:
     """Up to six parts of any kind; at least one."""
     seed = draw(st.integers(0, 2**31))
     rng = np.random.default_rng(seed)
-    kinds = draw(st.lists(st.sampled_from(["user", "answer", "see", "draw", "frame", "video", "step", "move"]), min_size=1, max_size=6))
+    kinds = draw(
+        st.lists(
+            st.sampled_from(["user", "answer", "see", "draw", "frame", "video", "step", "move"]), min_size=1, max_size=6
+        )
+    )
     return Sample(tuple(part(kind, rng) for kind in kinds), key=str(seed), source="law")
 
 

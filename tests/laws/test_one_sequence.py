@@ -60,7 +60,9 @@ def test_split_undoes_pack(kind: str, documents: list[Sample]) -> None:
     sequences = [encode(kind, s) for s in documents]
     for before, after in zip(sequences, split(pack(sequences)), strict=True):
         assert all(torch.equal(getattr(before, name), getattr(after, name)) for name in COLUMNS)
-        assert {m: v.index.tolist() for m, v in before.vectors.items()} == {m: v.index.tolist() for m, v in after.vectors.items()}
+        assert {m: v.index.tolist() for m, v in before.vectors.items()} == {
+            m: v.index.tolist() for m, v in after.vectors.items()
+        }
         assert all(torch.equal(v.value, after.vectors[m].value) for m, v in before.vectors.items())
 
 
@@ -115,7 +117,9 @@ def test_teacher_forcing_is_the_served_context(kind: str, sample: Sample) -> Non
     if not (isinstance(last, Image | Action) and last.weight > 0):  # nothing follows, so that it has no clean copy
         assert bool(same.all())
         torch.testing.assert_close(noised, plain, **CLOSE)
-    torch.testing.assert_close(noised[: int(same.long().cumprod(0).sum())], plain[: int(same.long().cumprod(0).sum())], **CLOSE)
+    torch.testing.assert_close(
+        noised[: int(same.long().cumprod(0).sum())], plain[: int(same.long().cumprod(0).sum())], **CLOSE
+    )
 
 
 @laws

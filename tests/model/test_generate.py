@@ -65,7 +65,9 @@ def test_a_seed_repeats_and_another_differs() -> None:
 
     def draw(seed: int) -> np.ndarray:
         params = SamplingParams(temperature=1.0, seed=seed)
-        return generator.complete(Request(parts=(HELLO,), want="image", params=params, height=8, width=16)).parts[0].pixels
+        return (
+            generator.complete(Request(parts=(HELLO,), want="image", params=params, height=8, width=16)).parts[0].pixels
+        )
 
     assert np.array_equal(draw(1), draw(1)) and not np.array_equal(draw(1), draw(2))
 
@@ -77,7 +79,12 @@ def test_stream_joins_to_the_whole_and_stops_at_a_stop_string() -> None:
     assert whole.text
     stop = whole.text[len(whole.text) // 2 :][:2]
     cut = generator.complete(
-        Request(parts=(HELLO,), params=SamplingParams(max_tokens=30, temperature=2.0, seed=3, stop=(stop,)), height=8, width=16)
+        Request(
+            parts=(HELLO,),
+            params=SamplingParams(max_tokens=30, temperature=2.0, seed=3, stop=(stop,)),
+            height=8,
+            width=16,
+        )
     )
     assert cut.finish == "stop" and cut.text == whole.text[: whole.text.index(stop)]
 
@@ -97,5 +104,3 @@ def test_a_picture_of_the_wrong_size_is_refused_with_the_mend() -> None:
     generator = pair(flow=False)[0]
     with pytest.raises(BadInput, match="multiples of 8"):
         generator.complete(Request(parts=(HELLO,), want="image", height=9, width=16))
-
-

@@ -69,7 +69,9 @@ class TileCodec(nn.Module):
         self.config, self.patch = config, config.patch
         values, dims, w = config.tile**2 * 3, len(config.levels), config.width
         self.encoder = nn.Sequential(nn.Linear(values, w), nn.GELU(), nn.Linear(w, w), nn.GELU(), nn.Linear(w, dims))
-        self.decoder = nn.Sequential(nn.Linear(sum(config.levels), w), nn.GELU(), nn.Linear(w, w), nn.GELU(), nn.Linear(w, values))
+        self.decoder = nn.Sequential(
+            nn.Linear(sum(config.levels), w), nn.GELU(), nn.Linear(w, w), nn.GELU(), nn.Linear(w, values)
+        )
         self.known: dict[bytes, int] = {}
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The reference decoder: slow, obvious, one request at a time. Engines and policies must equal it.
+"""The reference decoder is slow and obvious, one request at a time; engines and policies must equal it.
 
 With `cached=False` every step reads the whole document again: the oracle. With a cache every step reads only what is new.
 """
@@ -6,7 +6,7 @@ With `cached=False` every step reads the whole document again: the oracle. With 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from litchi.model.network import Flow, Mask, Model
 from litchi.model.sampling import euler, reveal, sample_token
 from litchi.schema.arrays import MASK
 from litchi.schema.processor import Builder, Continuous, Discrete, Processor, grid_places
-from litchi.schema.request import Completion, Delta, FinishReason, Request
+from litchi.schema.request import Completion, Delta, Request
 from litchi.schema.sample import Action, Image, Role
 from litchi.schema.sequence import Modality, pack, window
 
@@ -48,20 +48,24 @@ class Generator:
     def complete(self, request: Request) -> Completion:
         """The whole answer at once."""
         deltas = list(self.stream(request))
-        prompt = len(self.processor.prompt(request.parts).tokens)
         return Completion(
             parts=tuple(d.part for d in deltas if d.part is not None),
             text="".join(d.text for d in deltas),
             finish=deltas[-1].finish or "stop",
-            prompt_tokens=prompt,
+            prompt_tokens=deltas[-1].prompt_tokens,
             tokens=tuple(t for d in deltas for t in d.tokens),
             logprobs=tuple(p for d in deltas for p in d.logprobs),
         )
 
     @torch.no_grad()
     def stream(self, request: Request) -> Iterator[Delta]:
-        """Answer piece by piece; the last delta carries the reason why it ends."""
+        """Answer piece by piece; the last delta carries the reason why it ends, and the length of the prompt."""
         state = self.begin(request)
+        read = len(state.builder.tokens)
+        for delta in self.answer(state, request):
+            yield delta if delta.finish is None else replace(delta, prompt_tokens=read)
+
+    def answer(self, state: State, request: Request) -> Iterator[Delta]:
         match request.want:
             case "chat":
                 yield from self.chat(state, request)
@@ -121,11 +125,15 @@ class Generator:
         if codec is None:
             raise BadInput("this checkpoint has no codec, so that it cannot draw")
         if request.height % codec.patch or request.width % codec.patch:
-            raise BadInput(f"a picture's sides must be multiples of {codec.patch}, not {request.height}x{request.width}")
+            raise BadInput(
+                f"a picture's sides must be multiples of {codec.patch}, not {request.height}x{request.width}"
+            )
         places = grid_places(request.height // codec.patch, request.width // codec.patch)
         params = request.params
         foreseen = role is Role.NONE
-        rows = self.denoise(state, Modality.IMAGE, places, steps=params.steps or (1 if foreseen else 0), request=request)
+        rows = self.denoise(
+            state, Modality.IMAGE, places, steps=params.steps or (1 if foreseen else 0), request=request
+        )
         state.builder.vectors(Modality.IMAGE, rows, torch.ones(len(rows)), 0.0, places, self.processor.tokenizer.patch)
         state.builder.time += 1
         return Image(pixels=codec.decode(rows, request.height, request.width), role=role)
@@ -200,4 +208,3 @@ def held(text: str, stops: tuple[str, ...]) -> int:
     """How many last characters must wait: the beginning of a stop string, or of a character (bytes not all here yet)."""
     torn = len(text) - len(text.rstrip("\ufffd"))
     return max((n for s in stops for n in range(1, len(s)) if text.endswith(s[:n])), default=torn)
-

@@ -54,7 +54,9 @@ def reveal(
         tempered = (scores_NCL.float() / temperature).softmax(-1)
         guess = torch.multinomial(tempered.flatten(0, 1), 1, generator=generator).view(hidden.shape)
     certain = share.amax(-1) >= CERTAIN
-    order = torch.rand(hidden.shape, generator=generator).masked_fill(~hidden, math.inf).masked_fill(certain & hidden, -1)
+    order = (
+        torch.rand(hidden.shape, generator=generator).masked_fill(~hidden, math.inf).masked_fill(certain & hidden, -1)
+    )
     due = math.ceil(int((hidden & ~certain).sum()) / steps_left) + int((hidden & certain).sum())
     chosen = torch.zeros_like(hidden).flatten()
     chosen[order.flatten().argsort(stable=True)[:due]] = True

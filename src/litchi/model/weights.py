@@ -74,7 +74,9 @@ def save(
     draft = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(draft, ignore_errors=True)
     (draft / "model").mkdir(parents=True)
-    weights = {to_hugging_face(name): t.detach().to("cpu", dtype).contiguous() for name, t in model.state_dict().items()}
+    weights = {
+        to_hugging_face(name): t.detach().to("cpu", dtype).contiguous() for name, t in model.state_dict().items()
+    }
     save_file(weights, draft / "model" / "model.safetensors", metadata={"format": "pt"})
     (draft / "model" / "config.json").write_text(to_json(model.config))
     save_processor(draft / "processor", processor)

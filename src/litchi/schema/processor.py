@@ -7,10 +7,8 @@ later reads, and then the clean copy, so that training sees exactly the context 
 
 from __future__ import annotations
 
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-
 
 import numpy as np
 import torch
@@ -78,7 +76,9 @@ class Builder:
         self.place([index], [(self.time,) * 3], readable=True)
         self.time += 1
 
-    def vectors(self, modality: Modality, rows: Tensor, times: Tensor, weight: float, places: Sequence, patch: int) -> None:
+    def vectors(
+        self, modality: Modality, rows: Tensor, times: Tensor, weight: float, places: Sequence, patch: int
+    ) -> None:
         """Append one span of rows (n, C); it is readable if it is clean. Does not advance time: a clean copy may follow."""
         self.rows.setdefault(modality, []).append((len(self.tokens), rows, times, weight))
         positions = [(self.time, self.time + h, self.time + w) for h, w in places]
@@ -96,7 +96,10 @@ class Builder:
 
     def fork(self) -> Builder:
         """A copy that may grow without the original."""
-        columns = {name: list(getattr(self, name)) for name in ("tokens", "labels", "weights", "positions", "spans", "readable")}
+        columns = {
+            name: list(getattr(self, name))
+            for name in ("tokens", "labels", "weights", "positions", "spans", "readable")
+        }
         rows = {modality: list(blocks) for modality, blocks in self.rows.items()}
         return Builder(**columns, rows=rows, time=self.time, span=self.span)
 

@@ -54,11 +54,13 @@ class Delta:
     tokens: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
     finish: FinishReason | None = None
+    prompt_tokens: int = 0
+    """How many tokens the request was read as; told by the last delta."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """A whole answer. `prompt_tokens` and `tokens` count what was read and what was made."""
+    """A whole answer. `parts` are its pictures and actions, `text` its words; `prompt_tokens` counts what was read."""
 
     parts: tuple[Part, ...]
     text: str

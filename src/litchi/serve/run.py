@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import logging
 import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from litchi.config import BadInput
@@ -79,6 +82,27 @@ def run(config: ServeConfig, sampler: Sampler, make_room: MakeRoom) -> None:
     shown = f"[{host}]" if ":" in host else host
     print(f"Litchi serves {config.model!r}. Page: http://{shown}:{port}/  API: http://{shown}:{port}/v1", flush=True)
     uvicorn.Server(uvicorn_config(config, sampler, make_room)).run(sockets=[listener])
+
+
+@contextmanager
+def background(config: ServeConfig, sampler: Sampler, make_room: MakeRoom) -> Iterator[str]:
+    """The address of a server that runs in a thread of this process while the block runs.
+
+    If the port of the config is taken, any free one is had instead.
+    """
+    uvicorn = need("serve", "uvicorn")
+    try:
+        listener = bind(config.host, config.port)
+    except BadInput:
+        listener = bind(config.host, 0)
+    server = uvicorn.Server(uvicorn_config(config, sampler, make_room))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://{config.host}:{listener.getsockname()[1]}/"
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-from dataclasses import dataclass
 
 from litchi.config import BadInput
 from litchi.schema.processor import Processor
@@ -24,6 +24,8 @@ class BatchConfig:
     row: int = 256
     lookahead: int = 64
     """Documents that wait for a row they fit; more fill rows better."""
+    emphasis: dict[str, float] = field(default_factory=dict)
+    """Factor of every loss weight of a source, 1 where not named: captions have many easy tokens, actions few hard ones."""
 
 
 class Batches(Iterator[Batch]):
@@ -68,7 +70,7 @@ class Batches(Iterator[Batch]):
                 f"sample {sample.key!r} has {len(sequence)} tokens, a row holds {self.config.row}: "
                 f"raise train.batches.row or shorten the sample"
             )
-        return sequence
+        return emphasised(sequence, self.config.emphasis.get(sample.source, 1.0))
 
     def state(self) -> dict[str, object]:
         return {"position": self.position, "waiting": [position for position, _ in self.waiting]}
@@ -76,6 +78,13 @@ class Batches(Iterator[Batch]):
     def restore(self, state: dict) -> None:
         self.position = state["position"]
         self.waiting = [(position, self.encode(position)) for position in state["waiting"]]
+
+
+def emphasised(sequence: TokenSequence, factor: float) -> TokenSequence:
+    if factor == 1.0:
+        return sequence
+    vectors = {m: replace(v, weight=v.weight * factor) for m, v in sequence.vectors.items()}
+    return replace(sequence, weights=sequence.weights * factor, vectors=vectors)
 
 
 def coverage(batch: Batch, processor: Processor, limit: int = 200) -> str:
@@ -91,5 +100,3 @@ def check_coverage(batch: Batch) -> None:
     """Raises BadInput if no text label and no vector of a batch carries weight."""
     if not any(supervised(batch).values()):
         raise BadInput("nothing in the first batch is supervised: give the parts to be learned a weight above 0")
-
-

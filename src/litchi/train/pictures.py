@@ -51,4 +51,3 @@ class Pictures:
 def drawable(sample: Sample) -> bool:
     last = sample.parts[-1]
     return isinstance(last, Image) and last.weight > 0
-

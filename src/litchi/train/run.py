@@ -72,7 +72,7 @@ def run(
     if newest := newest_checkpoint(folder):
         restore(state, newest, run_json)
     recorder = Recorder(folder)
-    recorder.rewind(state.step)
+    recorder.rewind(state.step + 1)
     pictures = Pictures(folder, processor, samples)
     stop = Interrupt()
 
