@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -122,6 +123,18 @@ def test_bars_may_move_but_questions_may_not(tmp_path: Path) -> None:
 def test_an_ability_without_samples_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="no test samples of 'talk'"):
         run(CONFIG, Quiet(), {}, expert, idle, tmp_path)
+
+
+def test_word_baselines_are_fitted_on_the_training_samples(tmp_path: Path) -> None:
+    """A baseline that learned the one test film by heart is right; one that learned another is not."""
+    [film, other] = samples("watch", 2)
+    same = replace(film, meta={"answer": ["wait"] * 7})
+    config = EvalConfig(abilities=("watch",), watch=1, baseline_samples=1)
+    found = []
+    for name, train in (("same", [same, *[other] * 9]), ("other", [other])):
+        board = run(config, Quiet(), {"watch": [same]}, expert, idle, tmp_path / name, train={"watch": train})
+        found.append(board.rows[0].baseline.value)
+    assert found[0] == 1 > found[1]
 
 
 # ---- verify ----

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 
 from litchi.config import BadInput, to_json
@@ -65,6 +66,8 @@ class EvalConfig:
     """Frames that a request to foresee shows; 0 shows the whole history. One frame is the whole state of a room."""
     free_dialogues: int = 64
     """Dialogues that are also led with the model's own answers as history."""
+    baseline_samples: int = 10_000
+    """Training samples that the baselines of "talk" and "watch" are fitted on, at most."""
     bars: Bars = field(default_factory=Bars)
 
 
@@ -107,7 +110,9 @@ def bind(config: EvalConfig, samples: Samples, train: Samples, play: Play, rando
 
 def make(name: str, config: EvalConfig, samples: Samples, train: Samples, play: Play, random_play: Play) -> Task:
     """One task; without samples it can still score rows and read figures off them."""
-    chosen, learned = samples.get(name, ())[: getattr(config, name)], train.get(name, ())
+    chosen = samples.get(name, ())[: getattr(config, name)]
+    # One at a time: ten thousand films at once would not fit in memory.
+    learned = islice(train[name], config.baseline_samples) if train.get(name) else ()
     match name:
         case "talk":
             return talk(chosen, learned, config.free_dialogues)

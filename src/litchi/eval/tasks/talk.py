@@ -50,7 +50,7 @@ class Majority:
         return self.by_question.get(text, self.by_kind.get(kind, self.overall))
 
 
-def talk(samples: Sequence[Sample], train: Sequence[Sample] = (), free_dialogues: int = 64) -> Task:
+def talk(samples: Sequence[Sample], train: Iterable[Sample] = (), free_dialogues: int = 64) -> Task:
     """The task. The baseline is fitted on `train`; without it on the test itself, which can only make it stronger."""
     majority = Majority.fit(train or samples)
     free = {sample.key for sample in samples[:free_dialogues]}

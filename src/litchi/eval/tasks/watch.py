@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import takewhile
 
 from litchi.eval.item import Figure, Headline, Item, Json, Task
@@ -28,7 +28,7 @@ DETAILS = (
 )
 
 
-def watch(samples: Sequence[Sample], train: Sequence[Sample] = ()) -> Task:
+def watch(samples: Sequence[Sample], train: Iterable[Sample] = ()) -> Task:
     """The task. The majority phrase is counted on `train`; without it on the test itself."""
     counts = Counter(phrase for sample in train or samples for phrase in sample.meta["answer"])
     majority = min(counts, key=lambda phrase: (-counts[phrase], phrase), default="")
