@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from litchi.data.run import DataConfig
 from litchi.envs.minigrid import ACTIONS, SPACE
-from litchi.eval.run import EvalConfig
+from litchi.eval.run import Bars, EvalConfig
 from litchi.model.codec import TileCodecConfig
 from litchi.model.network import Mask, ModelConfig
 from litchi.run import Run
@@ -61,14 +61,14 @@ def run() -> Run:
             modalities={Modality.IMAGE: Mask(CODEC.digits, CODEC.codes)},
         ),
         train=TrainConfig(
-            num_steps=8_000,
+            num_steps=5_000,
             batches=BatchConfig(rows=16, row=256, emphasis=EMPHASIS),
             optimizer=OptimizerConfig(lr=3e-3, matrix_lr=6e-3),
             schedule=Trapezoid(warmup=100, decay=0.4),
             dtype="bfloat16",
             save_every=250,
         ),
-        eval=EvalConfig(),
+        eval=EvalConfig(bars=Bars(talk=0.95, describe=0.95, draw=0.85, foresee=0.90, watch=0.97, act=0.99)),
         serve=ServeConfig(model="tiny"),
     )
 

@@ -379,7 +379,7 @@ def parser() -> argparse.ArgumentParser:
         sub = verbs.add_parser(name, help=(function.__doc__ or "").split("\n")[0], description=function.__doc__)
         sub.set_defaults(function=function)
         if settings:
-            sub.add_argument("--set", dest="settings", action="append", metavar="a.b=c", help="change one setting")
+            sub.add_argument("--set", dest="settings", action="append", default=[], metavar="a.b=c", help="change one setting")
         return sub
 
     for name, function, recipe in (

@@ -25,7 +25,10 @@ class BatchConfig:
     lookahead: int = 64
     """Documents that wait for a row they fit; more fill rows better."""
     emphasis: dict[str, float] = field(default_factory=dict)
-    """Factor of every loss weight of a source, 1 where not named: captions have many easy tokens, actions few hard ones."""
+    """Factor of every loss weight of a source, 1 where not named.
+
+    Captions have many easy tokens, actions few hard ones.
+    """
 
 
 class Batches(Iterator[Batch]):
@@ -88,7 +91,7 @@ def emphasised(sequence: TokenSequence, factor: float) -> TokenSequence:
 
 
 def coverage(batch: Batch, processor: Processor, limit: int = 200) -> str:
-    """What a batch supervises, as text: label coverage, so that a run that would learn nothing is seen before it starts."""
+    """What a batch supervises, as text: a run that would learn nothing is seen before it starts."""
     weights = supervised(batch)
     share = {str(m): f"{w:.0f}" for m, w in weights.items()}
     learned = [int(label) for label in batch.labels[batch.labels >= 0][:limit]]

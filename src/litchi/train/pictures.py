@@ -1,4 +1,4 @@
-"""Sample pictures while a model trains: what it draws from words, and the frames that it foresees beside the true ones."""
+"""Sample pictures while a model trains: what it draws from words, and what it foresees, beside the true pictures."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ class Pictures:
         height, width = truth.pixels.shape[:2]
         params = SamplingParams(temperature=1.0 if want == "image" else 0.0)
         request = Request(parts=sample.parts[:-1], want=want, params=params, height=height, width=width)
-        return generator.complete(request).parts[0]
+        drawn = generator.complete(request).parts[0]
+        assert isinstance(drawn, Image)
+        return drawn
 
 
 def drawable(sample: Sample) -> bool:

@@ -49,6 +49,10 @@ class TrainConfig:
     keep: int = 2
 
 
+LEARNED_FROM = ("data", "mixture", "fit", "model", "train")
+"""The parts of a Run that decide what is learned; only the same ones may continue a checkpoint."""
+
+
 @dataclass(slots=True)
 class State:
     """All that a continuation needs."""
@@ -221,9 +225,11 @@ def remove(folder: Path) -> None:
 
 
 def restore(state: State, path: Path, run_json: str) -> None:
-    """Continue from a checkpoint. Raises BadInput if it was written by another Run."""
-    if (path / "run.json").read_text() != run_json:
-        raise BadInput(f"{path} was written by another Run: give this one a folder of its own with --folder")
+    """Continue from a checkpoint. Raises BadInput if it was written by a Run that trains something else."""
+    ours, theirs = json.loads(run_json), json.loads((path / "run.json").read_text())
+    changed = [key for key in LEARNED_FROM if ours.get(key) != theirs.get(key)]
+    if changed:
+        raise BadInput(f"{path} was trained with another {', '.join(changed)}: give this Run a folder of its own (--folder)")
     loaded: Checkpoint = load(path)
     device = next(state.model.parameters()).device
     state.model.load_state_dict(load_tensors(path / "resume" / "weights.safetensors"))
