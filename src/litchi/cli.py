@@ -379,7 +379,8 @@ def parser() -> argparse.ArgumentParser:
         sub = verbs.add_parser(name, help=(function.__doc__ or "").split("\n")[0], description=function.__doc__)
         sub.set_defaults(function=function)
         if settings:
-            sub.add_argument("--set", dest="settings", action="append", default=[], metavar="a.b=c", help="change one setting")
+            words = "change one setting"
+            sub.add_argument("--set", dest="settings", action="append", default=[], metavar="a.b=c", help=words)
         return sub
 
     for name, function, recipe in (
@@ -389,11 +390,8 @@ def parser() -> argparse.ArgumentParser:
         ("eval", evaluate, ""),
     ):
         sub = verb(name, function)
-        sub.add_argument(
-            "recipe",
-            **({"nargs": "?", "default": recipe} if recipe else {}),
-            help="module of recipes, or module:function",
-        )
+        words = "module of recipes, or module:function"
+        sub.add_argument("recipe", nargs="?" if recipe else None, default=recipe, help=words)
         sub.add_argument("--folder", type=Path, help="where the run keeps its files (default runs/NAME)")
         if name == "eval":
             sub.add_argument("--checkpoint", help="a folder, or the name of a shipped checkpoint")

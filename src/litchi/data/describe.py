@@ -33,6 +33,7 @@ def describe(ticket: Ticket) -> Sample:
         Text(text=pick(rng, REQUESTS), role=Role.USER),
         Text(text=caption(scene), role=Role.ASSISTANT, weight=1.0),
     )
+    assert scene.agent is not None
     facts = [[thing.colour, thing.kind, thing.row, thing.column] for thing in scene.things]
     carried = [scene.carried.colour, scene.carried.kind] if scene.carried else None
     return Sample(parts, ticket.key, ticket.source, {"agent": list(scene.agent), "facts": facts, "carried": carried})

@@ -97,7 +97,7 @@ def binding(rng: np.random.Generator) -> Wish:
 def layout(rng: np.random.Generator) -> Wish:
     """Up to six things at named cells, and mostly the agent as well."""
     scene = random_scene(rng)
-    names = [(thing.colour, thing.kind) for thing in scene.things]
+    names: list[Name] = [(thing.colour, thing.kind) for thing in scene.things]
     cells = [(thing.row, thing.column) for thing in scene.things]
     words = [f"{a(called(name))} at {place(*cell)}" for name, cell in zip(names, cells, strict=True)]
     agent = scene.agent if rng.random() < 0.8 else None

@@ -86,8 +86,8 @@ def facing_wall(scene: Scene, rng: np.random.Generator) -> Scene:
     """The agent moved to the wall, looking at it, if there is room."""
     along, direction = pick(rng, INSIDE), pick(rng, DIRECTIONS)
     edge = {"right": (along, INSIDE[-1]), "down": (INSIDE[-1], along), "left": (along, 1), "up": (1, along)}
-    cell = edge[direction]
-    return Scene(scene.things, (*cell, direction)) if scene.at(*cell) == "nothing" else scene
+    row, column = edge[direction]
+    return Scene(scene.things, (row, column, direction)) if scene.at(row, column) == "nothing" else scene
 
 
 def counts_by_kind(rng: np.random.Generator) -> list[int]:

@@ -98,7 +98,9 @@ def demonstrate(env_id: str, seed: int, view: View = "full") -> Episode:
     steps: list[Step] = []
     ended = False
     while not ended:
-        action = Action.discrete(int(planner.replan()), SPACE)
+        choice = planner.replan()
+        assert choice is not None  # it has a plan until the episode ends
+        action = Action.discrete(int(choice), SPACE)
         after, reward, terminated, truncated = room.step(action)
         steps.append(Step(seen, action, reward, terminated, truncated))
         seen, ended = after, terminated or truncated

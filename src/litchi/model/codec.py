@@ -1,8 +1,8 @@
-"""Pictures as a few tokens: raw pixel patches (no parameters), or a discrete autoencoder that is lossless on its tiles.
+"""Pictures as a few tokens: raw pixel patches without parameters, or a discrete autoencoder lossless on its tiles.
 
 The FSQ codec (finite scalar quantisation, Mentzer et al. 2023) works on square tiles. Each tile becomes one digit, the
-index of its point on the FSQ lattice; a token holds the digits of the tiles that its patch covers. One digit a tile, and
-not one a lattice dimension, so that tiles can be sampled apart without mixing the codes of two different things.
+index of its point on the FSQ lattice; a token holds the digits of the tiles that its patch covers. One digit a tile,
+and not one a lattice dimension, so that tiles can be sampled apart without mixing the codes of two different things.
 """
 
 from __future__ import annotations

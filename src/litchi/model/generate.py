@@ -1,6 +1,7 @@
 """The reference decoder is slow and obvious, one request at a time; engines and policies must equal it.
 
-With `cached=False` every step reads the whole document again: the oracle. With a cache every step reads only what is new.
+With `cached=False` every step reads the whole document again: the oracle. With a cache every step reads only what is
+new.
 """
 
 from __future__ import annotations
@@ -205,6 +206,6 @@ class Generator:
 
 
 def held(text: str, stops: tuple[str, ...]) -> int:
-    """How many last characters must wait: the beginning of a stop string, or of a character (bytes not all here yet)."""
+    """How many last characters must wait: the beginning of a stop string, or of a character not all here yet."""
     torn = len(text) - len(text.rstrip("\ufffd"))
     return max((n for s in stops for n in range(1, len(s)) if text.endswith(s[:n])), default=torn)

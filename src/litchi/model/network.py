@@ -45,7 +45,10 @@ Kind = Mask | Flow | Tower
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Sizes of the one network. `experts=2` gives every layer a second set of weights for what is generated in spans."""
+    """Sizes of the one network.
+
+    `experts=2` gives every layer a second set of weights for what is generated in spans.
+    """
 
     vocab_size: int
     width: int = 192

@@ -42,7 +42,10 @@ def add(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def objective(model: Model, batch: Batch, generator: torch.Generator) -> Loss:
-    """Corrupt the batch, read it, and sum what the model got wrong. `generator` lives on the CPU, whatever the device."""
+    """Corrupt the batch, read it, and sum what the model got wrong.
+
+    `generator` lives on the CPU, whatever the device.
+    """
     return loss_of(model, batch, corrupt(model, batch, generator))
 
 

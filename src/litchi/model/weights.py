@@ -107,7 +107,7 @@ def save_processor(folder: Path, processor: Processor) -> None:
 
 
 def replace_folder(draft: Path, folder: Path) -> None:
-    """Put `draft` where `folder` is, by renames; a kill in between leaves the old one under a name that `restore` finds."""
+    """Put `draft` where `folder` is, by renames; a kill in between leaves the old one whole, as `.NAME.old`."""
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():

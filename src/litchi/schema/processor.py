@@ -1,8 +1,8 @@
 """The one place where modality is dispatched on the way in: samples to token sequences, by one walk over the parts.
 
 A turn is `<|role|>` parts `<|end|>`; parts without a role stand bare. A picture is `<|image|>` and one span of
-placeholders with codec rows over them. A picture to learn is two spans at the same positions: a noised copy that nothing
-later reads, and then the clean copy, so that training sees exactly the context that serving has.
+placeholders with codec rows over them. A picture to learn is two spans at the same positions: a noised copy that
+nothing later reads, and then the clean copy, so that training sees exactly the context that serving has.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Builder:
     def vectors(
         self, modality: Modality, rows: Tensor, times: Tensor, weight: float, places: Sequence, patch: int
     ) -> None:
-        """Append one span of rows (n, C); it is readable if it is clean. Does not advance time: a clean copy may follow."""
+        """Append one span of rows (n, C), readable if it is clean. Does not advance time: a clean copy may follow."""
         self.rows.setdefault(modality, []).append((len(self.tokens), rows, times, weight))
         positions = [(self.time, self.time + h, self.time + w) for h, w in places]
         self.place([patch] * len(rows), positions, readable=weight == 0)
@@ -125,8 +125,9 @@ class Builder:
 
 @dataclass(frozen=True, slots=True)
 class Noising:
-    """How clean the noised copies are. The times of a share of them are 0 (nothing shown); of the rest uniform in [0, 1).
+    """How clean the noised copies are.
 
+    The times of a share of them are 0 (nothing shown); of the rest uniform in [0, 1).
     Frames that an action determines are foreseen in one step, so most see nothing; pictures drawn from words are
     revealed digit by digit, so most see something.
     """

@@ -78,7 +78,10 @@ Part = Text | Image | Video | Action
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One document. `key` is unique in its source; `meta` is JSON data for scorers (the truth), never shown to a model."""
+    """One document.
+
+    `key` is unique in its source; `meta` is JSON data for scorers (the truth), never shown to a model.
+    """
 
     parts: tuple[Part, ...]
     key: str

@@ -91,7 +91,7 @@ class Writer:
         message: dict[str, Any] = {"role": "assistant", "content": choice.text}
         if pictures:
             message |= {"content": [_content(part) for part in choice.parts], "images": pictures}
-        body = {"index": index, "message": message, "finish_reason": choice.finish}
+        body: dict[str, Any] = {"index": index, "message": message, "finish_reason": choice.finish}
         body["logprobs"] = {"content": choice.logprobs} if self.ask.requests[0].params.logprobs else None
         return body | ({"token_ids": choice.tokens} if self.ask.token_ids else {})
 

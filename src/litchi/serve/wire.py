@@ -105,7 +105,7 @@ def read_next(body: dict[str, Any], model: str, limits: Limits) -> Ask:
     fields = Fields(body)
     fields.known(("model", "want", "parts", "space", *SAMPLING))
     _check_model(fields, model)
-    want = fields.choice("want", None, ("frame", "action"))
+    want = "frame" if fields.choice("want", None, ("frame", "action")) == "frame" else "action"
     parts = [_read_part(each, limits) for each in fields.objects("parts")]
     _check_text([p.text for p in parts if isinstance(p, Text)], limits)
     if sum(isinstance(p, Image) for p in parts) > limits.max_images:

@@ -229,7 +229,8 @@ def restore(state: State, path: Path, run_json: str) -> None:
     ours, theirs = json.loads(run_json), json.loads((path / "run.json").read_text())
     changed = [key for key in LEARNED_FROM if ours.get(key) != theirs.get(key)]
     if changed:
-        raise BadInput(f"{path} was trained with another {', '.join(changed)}: give this Run a folder of its own (--folder)")
+        said = ", ".join(changed)
+        raise BadInput(f"{path} was trained with another {said}: give this Run a folder of its own (--folder)")
     loaded: Checkpoint = load(path)
     device = next(state.model.parameters()).device
     state.model.load_state_dict(load_tensors(path / "resume" / "weights.safetensors"))
