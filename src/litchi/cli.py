@@ -158,6 +158,22 @@ def chat(args: argparse.Namespace) -> int:
     return 0
 
 
+def convert(args: argparse.Namespace) -> int:
+    """Write a checkpoint again without what only resuming needs, in another precision."""
+    import torch
+
+    from litchi.model.weights import load, save
+
+    loaded = load(find_checkpoint(args.checkpoint))
+    kept = {key: loaded.meta[key] for key in ("step", "seconds", "torch") if key in loaded.meta}
+    run = (loaded.folder / "run.json").read_text(encoding="utf-8")
+    dtype = getattr(torch, args.dtype)
+    save(args.destination, loaded.model, loaded.processor, meta=kept, run=run, dtype=dtype)
+    size = sum(path.stat().st_size for path in args.destination.rglob("*") if path.is_file())
+    print(f"{args.destination}: {size / 1e6:.2f} MB in {args.dtype}")
+    return 0
+
+
 def act(args: argparse.Namespace) -> int:
     """Let a checkpoint act in the real simulator and say how often it succeeds."""
     from litchi.act.policy import Policy
@@ -234,7 +250,7 @@ def make_board(run: Run, checkpoint: Path, place: Place) -> Board:
         open_shelves(place.data, "test"),
         player(lambda seed: policy),
         player(lambda seed: RandomAgent(len(ACTIONS), seed, SPACE)),
-        place.eval,
+        place.eval / checkpoint.name,
         train=open_shelves(place.data, "train"),
         model=checkpoint.name,
     )
@@ -408,6 +424,10 @@ def parser() -> argparse.ArgumentParser:
         if name == "chat":
             sub.add_argument("--image", type=Path, help="a picture; without it an unseen room")
             sub.add_argument("--seed", type=int, default=0, help="which unseen room")
+    sub = verb("convert", convert, settings=False)
+    sub.add_argument("checkpoint", help="a folder, or the name of a shipped checkpoint")
+    sub.add_argument("destination", type=Path, help="the folder to write")
+    sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     return top
 
 

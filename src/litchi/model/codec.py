@@ -207,7 +207,7 @@ def cut(pixels: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[Tensor, "n value
     height, width = pixels.shape[:2]
     if height % size or width % size:
         raise BadInput(f"a picture of {height}x{width} cannot be cut into patches of {size}: resize it to a multiple")
-    x = torch.from_numpy(np.ascontiguousarray(pixels)).view(height // size, size, width // size, size, 3)
+    x = torch.from_numpy(np.array(pixels, order="C")).view(height // size, size, width // size, size, 3)
     return x.permute(0, 2, 1, 3, 4).reshape(-1, size * size * 3)
 
 
