@@ -1,0 +1,32 @@
+"""What the shipped checkpoint scored, as rows: read from its board, which `litchi eval tiny --checkpoint tiny` derives."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+from bench.row import append
+from litchi.config import from_json
+from litchi.eval.board import Board
+
+
+def main() -> None:
+    folder = ROOT / "checkpoints" / "tiny"
+    board = from_json(Board, (folder / "board.json").read_text())
+    for row in board.rows:
+        append(
+            "tiny",
+            f"{row.ability}: {row.score.name}",
+            row.score.value,
+            "share",
+            peer=row.baseline.name,
+            peer_figure=row.baseline.value,
+        )
+    meta = json.loads((folder / "meta.json").read_text())
+    append("tiny", "training time", meta["seconds"] / 60, "minutes", peer="bound", peer_figure=100.0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""How many tokens a second the tiny model trains on: by rows in bf16, in fp32, and under the dense mask of the oracle."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import torch
+
+from bench.row import append
+from litchi.data.jobs import JOBS
+from litchi.data.ticket import Ticket
+from litchi.model.network import Model, initialise
+from litchi.schema.sequence import Batch
+from litchi.train.batches import Batches
+from litchi.train.fit import fit_processor
+from litchi.train.optimizer import build_optimizers
+from litchi.train.run import tame_memory
+from litchi.train.step import train_step
+from recipes.tiny import run
+
+STEPS = 6
+
+
+def main() -> None:
+    tame_memory()
+    recipe = run()
+    sources = [source for source in recipe.mixture if source not in ("act", "play")]
+
+    def sample(position: int):
+        source = sources[position % len(sources)]
+        return JOBS[source](Ticket(source, "train", position // len(sources), 0))
+
+    processor = fit_processor(recipe.fit, map(sample, range(600)), seed=0)
+    batches = Batches(sample, processor, recipe.train.batches, 0)
+    group = [next(batches) for _ in range(STEPS + 1)]
+    model = Model(replace(recipe.model, vocab_size=len(processor.tokenizer)))
+    fast = pace(model, group, torch.bfloat16)
+    append(
+        "train_step",
+        "tokens trained, bf16 by rows",
+        fast,
+        "tokens/s",
+        peer="fp32 by rows",
+        peer_figure=pace(model, group, torch.float32),
+    )
+    dense = [replace(batch, row=0) for batch in group]
+    append(
+        "train_step",
+        "tokens trained, bf16 by rows",
+        fast,
+        "tokens/s",
+        peer="bf16, dense mask",
+        peer_figure=pace(model, dense, torch.bfloat16),
+    )
+
+
+def pace(model: Model, group: list[Batch], dtype: torch.dtype) -> float:
+    """Tokens a second over all but the first batch."""
+    initialise(model, 0)
+    optimizers = build_optimizers(model, run().train.optimizer)
+    generator = torch.Generator().manual_seed(0)
+    options = {"scale": {}, "clip": 1.0, "dtype": dtype, "generator": generator}
+    train_step(model, optimizers, group[:1], **options)
+    began = time.perf_counter()
+    for batch in group[1:]:
+        train_step(model, optimizers, [batch], **options)
+    return sum(len(b) for b in group[1:]) / (time.perf_counter() - began)
+
+
+if __name__ == "__main__":
+    main()
