@@ -89,7 +89,7 @@ def save(
     stored.load_state_dict({from_hugging_face(name): t.float() for name, t in weights.items()})
     files = {str(p.relative_to(draft)): digest(p) for p in sorted(draft.rglob("*")) if p.is_file()}
     whole = {"format": FORMAT, **meta, "golden": golden(stored), "files": files}
-    (draft / "meta.json").write_text(json.dumps(whole, indent=1))
+    (draft / "meta.json").write_text(json.dumps({**whole, "sha256": seal(whole)}, indent=1))
     for path in draft.rglob("*"):
         if path.is_file():
             flush(path)
@@ -153,8 +153,12 @@ def read_meta(folder: Path) -> dict:
         meta = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise BadInput(f"{path} is not JSON ({error}): copy the checkpoint again") from error
+    if not isinstance(meta, dict):
+        raise BadInput(f"{path} is no JSON object: copy the checkpoint again")
     if meta.get("format") != FORMAT:
         raise BadInput(f"{path}: format {meta.get('format')!r}, this version reads {FORMAT}: update litchi")
+    if meta.pop("sha256", None) not in (None, seal(meta)):  # older checkpoints have no seal
+        raise BadInput(f"{path} has changed since it was saved (SHA-256 differs): copy the checkpoint again")
     return meta
 
 
@@ -186,16 +190,24 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def seal(meta: Mapping[str, object]) -> str:
+    """The SHA-256 of what meta.json says, whatever its spaces: it cannot hold that of its own bytes."""
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
 # ---- names --------------------------------------------------------------------------------------------------------
 
 
 def to_hugging_face(name: str) -> str:
-    """The trunk under Qwen3's names; a second expert's weights end in `_moe_gen`, as BAGEL has them."""
+    """The trunk under Qwen3's names; a second expert's modules end in `_moe_gen`, as BAGEL has them.
+
+    Its MLP is one such module, `mlp_moe_gen`; its attention shares the module and has projections of its own.
+    """
     parts = name.split(".")
     if parts[0] == "layers":
         expert, rest = int(parts[3]), parts[4:]
-        suffix = "_moe_gen" if expert else ""
-        rest[-2] += suffix
+        if expert:
+            rest[0 if rest[0] == "mlp" else -2] += "_moe_gen"
         return ".".join(["model", "layers", parts[1], *rest])
     return f"model.{name}" if parts[0] in ("embed_tokens", "norm") else name
 
@@ -203,9 +215,8 @@ def to_hugging_face(name: str) -> str:
 def from_hugging_face(name: str) -> str:
     parts = name.split(".")
     if parts[:2] == ["model", "layers"]:
-        expert = int(parts[-2].endswith("_moe_gen"))
-        parts[-2] = parts[-2].removesuffix("_moe_gen")
-        return ".".join(["layers", parts[2], "experts", str(expert), *parts[3:]])
+        expert = int("_moe_gen" in name)
+        return ".".join(["layers", parts[2], "experts", str(expert), *(p.removesuffix("_moe_gen") for p in parts[3:])])
     return name.removeprefix("model.")
 
 
