@@ -183,6 +183,7 @@ class Reader(nn.Module):
                 self.value = nn.Linear(channels, c.width)
             case Tower():
                 self.tower = VisionTower(kind, c.width)
+                return
         self.place = nn.Embedding(2 * c.grid, c.width)
         self.time = nn.Linear(len(HARMONICS), c.width, bias=False)
 
