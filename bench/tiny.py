@@ -1,15 +1,15 @@
-"""What the shipped checkpoint scored, as rows: read from its board, which `litchi eval tiny --checkpoint tiny` derives."""
+"""What the shipped checkpoint scored, as rows, read from its board (`litchi eval tiny --checkpoint tiny`)."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-
 from bench.row import append
 from litchi.config import from_json
 from litchi.eval.board import Board
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""How many tokens a second the tiny model trains on: by rows in bf16, in fp32, and under the dense mask of the oracle."""
+"""How many tokens a second the tiny model trains on: by rows in bf16, in fp32, and under the oracle's dense mask."""
 
 from __future__ import annotations
 
