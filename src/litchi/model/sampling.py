@@ -47,13 +47,12 @@ def reveal(
     Digits shown together are sampled apart from each other, so that few steps are for pictures without choices in them.
     """
     hidden = value_NC == MASK
-    share = scores_NCL.float().softmax(-1)
-    if temperature == 0:
-        guess = share.argmax(-1)
-    else:
+    highest, guess = scores_NCL.float().softmax(-1).max(-1)
+    certain = highest >= CERTAIN
+    if temperature > 0:
         tempered = (scores_NCL.float() / temperature).softmax(-1)
-        guess = torch.multinomial(tempered.flatten(0, 1), 1, generator=generator).view(hidden.shape)
-    certain = share.amax(-1) >= CERTAIN
+        sampled = torch.multinomial(tempered.flatten(0, 1), 1, generator=generator).view(hidden.shape)
+        guess = torch.where(certain, guess, sampled)
     order = (
         torch.rand(hidden.shape, generator=generator).masked_fill(~hidden, math.inf).masked_fill(certain & hidden, -1)
     )
