@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,9 +79,8 @@ def run(
     recorder = Recorder(folder)
     recorder.rewind(state.step + 1)
     pictures = Pictures(folder, processor, samples)
-    stop = Interrupt()
 
-    with Progress(config.num_steps, "train", done=state.step) as progress:
+    with Interrupt() as stop, Progress(config.num_steps, "train", done=state.step) as progress:
         while state.step < config.num_steps:
             began = time.monotonic()
             group = [next(state.batches).to(device) for _ in range(config.num_accumulate)]
@@ -156,14 +156,22 @@ def fresh(config, model_config: ModelConfig, processor: Processor, samples: Samp
 
 
 class Interrupt:
-    """Ctrl-C asks the loop to save and stop; asked twice it stops at once."""
+    """Within it Ctrl-C asks the loop to save and stop, asked twice stops it at once; after it, what it did before."""
 
     def __init__(self) -> None:
         self.asked = False
+        self.before: Any = None
+
+    def __enter__(self) -> Interrupt:
         try:
-            signal.signal(signal.SIGINT, self.ask)
+            self.before = signal.signal(signal.SIGINT, self.ask)
         except ValueError:
             pass  # not the main thread: whoever runs it there decides when it ends
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
 
     def ask(self, *_: object) -> None:
         if self.asked:
@@ -226,12 +234,12 @@ def remove(folder: Path) -> None:
 
 def restore(state: State, path: Path, run_json: str) -> None:
     """Continue from a checkpoint. Raises BadInput if it was written by a Run that trains something else."""
+    loaded: Checkpoint = load(path)
     ours, theirs = json.loads(run_json), json.loads((path / "run.json").read_text())
     changed = [key for key in LEARNED_FROM if ours.get(key) != theirs.get(key)]
     if changed:
         said = ", ".join(changed)
         raise BadInput(f"{path} was trained with another {said}: give this Run a folder of its own (--folder)")
-    loaded: Checkpoint = load(path)
     device = next(state.model.parameters()).device
     state.model.load_state_dict(load_tensors(path / "resume" / "weights.safetensors"))
     state.average = {name: t.to(device) for name, t in loaded.model.state_dict().items()}

@@ -1,0 +1,56 @@
+"""A run small enough for a test: words, pictures and chunks of actions, every sample drawn from its position alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from litchi.model.network import Flow, Mask, ModelConfig
+from litchi.schema.processor import Processor
+from litchi.schema.sample import Sample
+from litchi.train.batches import BatchConfig
+from litchi.train.optimizer import OptimizerConfig
+from litchi.train.run import TrainConfig, run
+from litchi.train.schedule import Trapezoid
+from tests.laws.documents import part, processor
+
+PROCESSOR = processor()
+
+CONFIG = TrainConfig(
+    num_steps=6,
+    batches=BatchConfig(rows=2, row=96, lookahead=6, emphasis={"even": 2.0}),
+    num_accumulate=2,
+    optimizer=OptimizerConfig(lr=1e-2, matrix_lr=1e-2),
+    schedule=Trapezoid(warmup=2, decay=0.5),
+    device="cpu",
+    threads=1,
+    log_every=1,
+    save_every=2,
+)
+
+MODEL = ModelConfig(
+    vocab_size=len(PROCESSOR.tokenizer),
+    width=16,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_width=12,
+    mlp_width=24,
+    modalities={"image": Mask(digits=4, levels=9), "action": Flow(3)},
+)
+
+RUN = json.dumps({"name": "test"})
+KINDS = ("user", "answer", "see", "draw", "frame", "step", "move")
+
+
+def sample(position: int) -> Sample:
+    rng = np.random.default_rng(position)
+    kinds = rng.choice(KINDS, size=rng.integers(1, 4))
+    source = "odd" if position % 2 else "even"
+    return Sample(tuple(part(str(kind), rng) for kind in kinds), key=str(position), source=source)
+
+
+def train(folder: Path, config: TrainConfig = CONFIG, p: Processor = PROCESSOR) -> Path:
+    return run(config, MODEL, p, sample, folder, RUN)
