@@ -99,7 +99,7 @@ class Generator:
         ids: list[int] = []
         said = ""
         for _ in range(params.max_tokens):
-            index, logprob = sample_token(self.scores(state), params, state.generator)
+            index, logprob = sample_token(self.speakable(self.scores(state)), params, state.generator)
             logprobs = (logprob,) if params.logprobs else ()
             if index == tokenizer.end:
                 yield Delta(text=tokenizer.decode(ids)[len(said) :], finish="stop")
@@ -117,6 +117,12 @@ class Generator:
             yield Delta(text=text[len(said) : sure], tokens=(index,), logprobs=logprobs)
             said = text[:sure]
         yield Delta(text=tokenizer.decode(ids)[len(said) :], finish="length")
+
+    def speakable(self, scores_V: Tensor) -> Tensor:
+        """Scores with what a turn cannot hold ruled out: roles, padding, placeholders and actions."""
+        tokenizer = self.processor.tokenizer
+        ruled_out = torch.tensor(sorted(self.processor.controls - {tokenizer.end, tokenizer.picture}))
+        return scores_V.index_fill(0, ruled_out, float("-inf"))
 
     # ---- pictures ----
 

@@ -8,7 +8,8 @@ nothing later reads, and then the clean copy, so that training sees exactly the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -166,7 +167,7 @@ class Processor:
             closes = part.role is not Role.NONE and (last or parts[i + 1].role != part.role)
             if opens and part.role is not Role.NONE:
                 builder.token(self.tokenizer.roles[part.role])
-            self.part(builder, part, rng, followed=not (last and whole))
+            self.part(builder, part, rng, followed=closes or not (last and whole))
             if closes and not (last and not whole and part.role is Role.ASSISTANT):
                 builder.token(self.tokenizer.end, part.weight if learn and part.role is Role.ASSISTANT else 0.0)
 
@@ -212,6 +213,71 @@ class Processor:
         if weight == 0 or followed:
             builder.vectors(modality, rows, torch.ones(len(rows)), 0.0, places, patch)
         builder.time += 1 if modality is Modality.IMAGE else len(rows)
+
+    # ---- and back ----
+
+    def decode(self, sequence: TokenSequence) -> tuple[Part, ...]:
+        """The parts that a sequence tells, in order; neighbouring texts of one role are joined, videos come as frames.
+
+        A noised copy is skipped where its clean copy follows.
+        """
+        spans = {int(v.index[i]): (m, i) for m, v in sequence.vectors.items() for i in range(len(v.index))}
+        tokens, actions = sequence.tokens.tolist(), self.actions_by_token()
+        roles = {index: role for role, index in self.tokenizer.roles.items()}
+        parts: list[Part] = []
+        text: list[int] = []
+        role, at = Role.NONE, 0
+        while at < len(tokens):
+            stop = at + 1
+            found: Part | None = None
+            if at in spans:
+                while stop in spans and sequence.spans[stop] == sequence.spans[at]:
+                    stop += 1
+                found = self.span_part(sequence, spans[at][0], at, stop, role)
+            elif tokens[at] in actions:
+                space, index = actions[tokens[at]]
+                found = replace(Action.discrete(index, space), role=role)
+            plain = at not in spans and not self.is_control(tokens[at])
+            if text and not plain:
+                parts.append(Text(text=self.tokenizer.decode(text), role=role))
+                text = []
+            if plain:
+                text.append(tokens[at])
+            if found is not None:
+                parts.append(found)
+            role = Role.NONE if tokens[at] == self.tokenizer.end else roles.get(tokens[at], role)
+            at = stop
+        return (*parts, Text(text=self.tokenizer.decode(text), role=role)) if text else tuple(parts)
+
+    def span_part(self, sequence: TokenSequence, modality: Modality, start: int, stop: int, role: Role) -> Part | None:
+        """The picture or chunk in [start, stop); None for a noised copy whose clean copy comes next."""
+        where = sequence.positions[start:stop]
+        doubled = not bool(sequence.readable[start]) and torch.equal(sequence.positions[stop : 2 * stop - start], where)
+        if doubled:
+            return None
+        v = sequence.vectors[modality]
+        rows = v.value[(v.index >= start) & (v.index < stop)]
+        if modality is Modality.ACTION:
+            name, space = next((n, s) for n, s in self.spaces.items() if isinstance(s, Continuous))
+            return Action(values=space.restore(rows), space=name, role=role)
+        assert self.codec is not None
+        height, width = (int(where[:, axis].max() - where[:, axis].min()) + 1 for axis in (1, 2))
+        pixels = self.codec.decode(rows, height * self.codec.patch, width * self.codec.patch)
+        return Image(pixels=pixels, role=role)
+
+    def is_control(self, index: int) -> bool:
+        """Whether an id stands for no text: a role, an end, a picture, padding or an action."""
+        return index in self.controls
+
+    @cached_property
+    def controls(self) -> frozenset[int]:
+        t = self.tokenizer
+        return frozenset({t.pad, t.end, t.picture, t.patch, *t.roles.values(), *self.actions_by_token()})
+
+    def actions_by_token(self) -> dict[int, tuple[str, int]]:
+        """Which action of which space each action token is."""
+        discrete = [name for name, space in self.spaces.items() if isinstance(space, Discrete)]
+        return {token: (name, i) for name in discrete for i, token in enumerate(self.action_ids(name))}
 
     # ---- names ----
 
