@@ -43,8 +43,8 @@ def model(p: Processor, *, flow: bool = False, experts: int = 1, seed: int = 0) 
     built = Model(config)
     initialise(built, seed)
     with torch.no_grad():  # heads that start at zero would make every law hold
-        for writer in built.writers.values():
-            writer.weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(seed))
+        for parameter in built.writers.parameters():
+            parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(seed))
     return built.eval()
 
 

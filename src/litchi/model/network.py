@@ -31,6 +31,9 @@ class Mask:
 
     digits: int
     levels: int
+    width: int = 64
+    """Of the embedding of a level. All digits share one table, and each digit has a map of its own into the trunk, so
+    that what is learned about a tile in one place holds in all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,10 +178,9 @@ class Reader(nn.Module):
         super().__init__()
         self.kind, self.grid = kind, c.grid
         match kind:
-            case Mask(digits, levels):
-                self.table = nn.Embedding(digits * (levels + 1), c.width)
-                first = torch.arange(digits) * (levels + 1)
-                self.register_buffer("first", first, persistent=False)
+            case Mask(digits, levels, width):
+                self.table = nn.Embedding(levels + 1, width)
+                self.slots = nn.Linear(digits * width, c.width, bias=False)
             case Flow(channels):
                 self.value = nn.Linear(channels, c.width)
             case Tower():
@@ -191,7 +193,7 @@ class Reader(nn.Module):
         match self.kind:
             case Mask(levels=levels):
                 digit_NC = torch.where(v.value == MASK, levels, v.value).long()
-                x_ND = self.table(digit_NC + self.first).sum(1)
+                x_ND = self.slots(self.table(digit_NC).flatten(1))
             case Flow():
                 x_ND = self.value(v.value)
             case Tower():
@@ -199,6 +201,27 @@ class Reader(nn.Module):
         offset = torch.tensor([0, self.grid], device=place_N2.device)
         harmonic = torch.tensor(HARMONICS, device=v.time.device) * v.time[:, None]
         return x_ND + self.place(place_N2 + offset).sum(1) + self.time(harmonic.cos())
+
+
+class Writer(nn.Module):
+    """The trunk's width to what a vector is when clean: scores of each digit (N, C, L), or values (N, C)."""
+
+    def __init__(self, kind: Mask | Flow, c: ModelConfig) -> None:
+        super().__init__()
+        self.kind = kind
+        match kind:
+            case Mask(digits, levels, width):
+                self.slots = nn.Linear(c.width, digits * width, bias=False)
+                self.table = nn.Linear(width, levels)
+            case Flow(channels):
+                self.value = nn.Linear(c.width, channels)
+
+    def forward(self, x_ND: Float[Tensor, "N D"]) -> Tensor:
+        match self.kind:
+            case Mask(digits=digits):
+                return self.table(self.slots(x_ND).unflatten(-1, (digits, -1)))
+            case Flow():
+                return self.value(x_ND)
 
 
 HARMONICS = tuple(math.pi * f for f in (0.5, 1.0, 2.0, 4.0))
@@ -215,7 +238,8 @@ class Model(nn.Module):
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_layers))
         self.norm = Norm(c.width, c.epsilon)
         self.readers = nn.ModuleDict({m: Reader(kind, c) for m, kind in c.modalities.items()})
-        self.writers = nn.ModuleDict({m: nn.Linear(c.width, n) for m, n in outputs(c).items()})
+        drawn = {m: kind for m, kind in c.modalities.items() if not isinstance(kind, Tower)}
+        self.writers = nn.ModuleDict({m: Writer(kind, c) for m, kind in drawn.items()})
         if not c.tied:
             self.lm_head = nn.Linear(c.width, c.vocab_size, bias=False)
 
@@ -253,26 +277,7 @@ class Model(nn.Module):
 
     def clean(self, x_ND: Float[Tensor, "N D"], modality: str) -> Tensor:
         """What the vectors are without corruption: digit scores (N, C, L) for masks, values (N, C) for flows."""
-        y = self.writers[modality](x_ND)
-        match self.config.modalities[modality]:
-            case Mask(digits, levels):
-                return y.unflatten(-1, (digits, levels))
-            case _:
-                return y
-
-
-def outputs(c: ModelConfig) -> dict[str, int]:
-    """How many numbers the head of each modality that can be generated writes."""
-    sizes = {}
-    for modality, kind in c.modalities.items():
-        match kind:
-            case Mask(digits, levels):
-                sizes[modality] = digits * levels
-            case Flow(channels):
-                sizes[modality] = channels
-            case Tower():
-                pass
-    return sizes
+        return self.writers[modality](x_ND)
 
 
 def picture_numbers(docs_N: Tensor, spans_N: Tensor) -> Int[Tensor, "N"]:
@@ -283,20 +288,21 @@ def picture_numbers(docs_N: Tensor, spans_N: Tensor) -> Int[Tensor, "N"]:
 def initialise(model: Model, seed: int) -> None:
     """Weights from (seed, parameter name) alone, so that no layout or order of construction can change them.
 
-    Matrices are normal with deviation 0.02, those that write to the residual stream smaller by sqrt(2 layers), heads of
-    vectors zero.
+    Matrices are normal with deviation 0.02, those that write to the residual stream smaller by sqrt(2 layers); tables
+    of digits have deviation 0.1, since a narrow map follows them; what heads of vectors read the trunk through is zero.
     """
     scale = 1 / math.sqrt(2 * model.config.num_layers)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
-            if name.startswith("writers.") or name.endswith("bias"):
+            table = name.endswith(".table.weight")
+            if (name.startswith("writers.") and not table) or name.endswith("bias"):
                 parameter.zero_()
             elif parameter.dim() < 2:
                 parameter.fill_(1.0)
             else:
                 writes = name.endswith(("o_proj.weight", "down_proj.weight"))
-                value = torch.randn(parameter.shape, generator=generator) * 0.02
+                value = torch.randn(parameter.shape, generator=generator) * (0.1 if table else 0.02)
                 parameter.copy_(value * scale if writes else value)
 
 
