@@ -8,27 +8,30 @@ from hypothesis import strategies as st
 
 from litchi.model.codec import PixelCodec, PixelCodecConfig, TileCodec, TileCodecConfig
 from litchi.model.network import Flow, Mask, Model, ModelConfig, initialise
+from litchi.model.vision import Tower
 from litchi.schema.processor import Continuous, Discrete, Noising, Processor, action_token
 from litchi.schema.sample import Action, Image, Role, Sample, Text, Video
 from litchi.schema.tokenizer import Tokenizer
 
 WORDS = "the red ball is left of a blue key where does it lie what colour row column one two three".split()
 SPACES = {"grid": Discrete(("left", "right", "forward")), "arm": Continuous((0.1, -0.2), (1.0, 2.0), 3, chunk=2)}
+SIGHT = PixelCodec(PixelCodecConfig(patch=4))
 TOKENS = [action_token("grid", i) for i in range(3)]
 
 
-def processor(*, flow: bool = False) -> Processor:
-    """A small processor; pictures are raw patches (flow) or digits of a codec (mask)."""
+def processor(*, flow: bool = False, tower: bool = False) -> Processor:
+    """A small processor; pictures are raw patches (flow) or digits of a codec (mask), a user's seen through a tower."""
     tokenizer = Tokenizer.train([" ".join(WORDS)] * 3, vocab_size=330, actions=TOKENS)
     torch.manual_seed(0)
     codec = (
         PixelCodec(PixelCodecConfig(patch=4)) if flow else TileCodec(TileCodecConfig(patch=8, tile=4, levels=(3, 3)))
     )
-    return Processor(tokenizer, codec, SPACES, Noising(blank_frames=0.5))
+    return Processor(tokenizer, codec, SPACES, Noising(blank_frames=0.5), sight=SIGHT if tower else None)
 
 
 def model(p: Processor, *, flow: bool = False, experts: int = 1, seed: int = 0) -> Model:
     kind = Flow(48) if flow else Mask(digits=4, levels=9)
+    tower = {"vision": Tower(48, width=16, num_layers=1)} if p.sight else {}
     config = ModelConfig(
         vocab_size=len(p.tokenizer),
         width=32,
@@ -37,7 +40,8 @@ def model(p: Processor, *, flow: bool = False, experts: int = 1, seed: int = 0) 
         num_kv_heads=2,
         head_width=12,
         mlp_width=48,
-        modalities={"image": kind, "action": Flow(3)},
+        modalities={"image": kind, "action": Flow(3)}
+        | ({"vision": Tower(48, width=16, num_layers=1)} if p.sight else {}),
         experts=experts,
     )
     built = Model(config)

@@ -77,6 +77,7 @@ class TileCodec(nn.Module):
     @torch.no_grad()
     def encode(self, pixels: UInt8[np.ndarray, "h w 3"]) -> Float[Tensor, "N C"]:
         """Digits of the tiles of each patch. A tile seen before is looked up. oracle: TileCodec.quantise"""
+        check_size(pixels, self.patch)
         tiles = cut(pixels, self.config.tile)
         keys = [row.tobytes() for row in tiles.numpy()]
         fresh = sorted({k: i for i, k in enumerate(keys) if k not in self.known}.items())
@@ -204,11 +205,16 @@ def strides(levels: tuple[int, ...]) -> Int[Tensor, "dims"]:
 
 def cut(pixels: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[Tensor, "n values"]:
     """Square pieces in reading order, flattened. Raises BadInput if the size does not divide the picture."""
+    check_size(pixels, size)
+    height, width = pixels.shape[:2]
+    x = torch.from_numpy(np.array(pixels, order="C")).view(height // size, size, width // size, size, 3)
+    return x.permute(0, 2, 1, 3, 4).reshape(-1, size * size * 3)
+
+
+def check_size(pixels: UInt8[np.ndarray, "h w 3"], size: int) -> None:
     height, width = pixels.shape[:2]
     if height % size or width % size:
         raise BadInput(f"a picture of {height}x{width} cannot be cut into patches of {size}: resize it to a multiple")
-    x = torch.from_numpy(np.array(pixels, order="C")).view(height // size, size, width // size, size, 3)
-    return x.permute(0, 2, 1, 3, 4).reshape(-1, size * size * 3)
 
 
 def join(tiles: UInt8[Tensor, "n values"], size: int, height: int, width: int) -> UInt8[np.ndarray, "h w 3"]:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from litchi.config import BadInput, from_json, to_json
-from litchi.model.codec import CodecConfig, TileCodec, build_codec
+from litchi.model.codec import CodecConfig, PixelCodec, PixelCodecConfig, TileCodec, build_codec
 from litchi.model.network import Mask, Model, ModelConfig
 from litchi.schema.processor import Noising, Processor, Space
 from litchi.schema.sequence import Modality, TokenSequence, Vectors, pack
@@ -42,6 +42,8 @@ class ProcessorConfig:
     codec: CodecConfig | None
     spaces: dict[str, Space]
     noising: Noising = Noising()
+    sight: PixelCodecConfig | None = None
+    """How pictures that a user shows are cut for the vision tower; None reads them as codes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,8 @@ def save_processor(folder: Path, processor: Processor) -> None:
     folder.mkdir(parents=True)
     processor.tokenizer.save(folder / "tokenizer.json")
     codec = processor.codec
-    config = ProcessorConfig(getattr(codec, "config", None), processor.spaces, processor.noising)
+    sight = getattr(processor.sight, "config", None)
+    config = ProcessorConfig(getattr(codec, "config", None), processor.spaces, processor.noising, sight)
     (folder / "processor.json").write_text(to_json(config))
     if isinstance(codec, nn.Module):
         save_file({k: v.contiguous() for k, v in codec.state_dict().items()}, folder / "codec.safetensors")
@@ -176,7 +179,8 @@ def load_processor(folder: Path) -> Processor:
     codec = None if config.codec is None else build_codec(config.codec)
     if isinstance(codec, TileCodec):
         codec.load_state_dict(load_tensors(folder / "codec.safetensors"))
-    return Processor(Tokenizer.load(folder / "tokenizer.json"), codec, config.spaces, config.noising)
+    sight = None if config.sight is None else PixelCodec(config.sight)
+    return Processor(Tokenizer.load(folder / "tokenizer.json"), codec, config.spaces, config.noising, sight=sight)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

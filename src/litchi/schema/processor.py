@@ -141,8 +141,17 @@ class Noising:
 class Processor:
     """Samples to sequences and back. It travels with the weights: what training did, serving does."""
 
-    def __init__(self, tokenizer: Tokenizer, codec: Codec | None, spaces: dict[str, Space], noising: Noising) -> None:
-        self.tokenizer, self.codec, self.spaces, self.noising = tokenizer, codec, spaces, noising
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        codec: Codec | None,
+        spaces: dict[str, Space],
+        noising: Noising,
+        *,
+        sight: Codec | None = None,
+    ) -> None:
+        """With `sight`, pictures that a user shows are read through a vision tower as patches of it, not as codes."""
+        self.tokenizer, self.codec, self.spaces, self.noising, self.sight = tokenizer, codec, spaces, noising, sight
 
     # ---- the walk ----
 
@@ -187,13 +196,15 @@ class Processor:
                 self.action(builder, part, weight, rng, followed=followed)
 
     def picture(self, builder, pixels, role, weight: float, rng, *, followed: bool) -> None:
-        if self.codec is None:
+        shown = self.sight is not None and role is Role.USER and weight == 0
+        modality, codec = (Modality.VISION, self.sight) if shown else (Modality.IMAGE, self.codec)
+        if codec is None:
             raise BadInput("the sample has a picture, but the processor has no codec: give ProcessorConfig a codec")
-        rows = self.codec.encode(pixels)
+        rows = codec.encode(pixels)
         blank = self.noising.blank_pictures if role is Role.ASSISTANT else self.noising.blank_frames
         builder.token(self.tokenizer.picture, weight if role is Role.ASSISTANT else 0.0)
-        places = grid_places(pixels.shape[0] // self.codec.patch, pixels.shape[1] // self.codec.patch)
-        self.copies(builder, Modality.IMAGE, rows, weight, draw_time(rng, blank), places, followed=followed)
+        places = grid_places(pixels.shape[0] // codec.patch, pixels.shape[1] // codec.patch)
+        self.copies(builder, modality, rows, weight, draw_time(rng, blank), places, followed=followed)
 
     def action(self, builder: Builder, part: Action, weight: float, rng, *, followed: bool) -> None:
         match self.space(part.space):
@@ -212,7 +223,7 @@ class Processor:
             builder.vectors(modality, rows, torch.full((len(rows),), time), weight, places, patch)
         if weight == 0 or followed:
             builder.vectors(modality, rows, torch.ones(len(rows)), 0.0, places, patch)
-        builder.time += 1 if modality is Modality.IMAGE else len(rows)
+        builder.time += len(rows) if modality is Modality.ACTION else 1
 
     # ---- and back ----
 
@@ -260,9 +271,10 @@ class Processor:
         if modality is Modality.ACTION:
             name, space = next((n, s) for n, s in self.spaces.items() if isinstance(s, Continuous))
             return Action(values=space.restore(rows), space=name, role=role)
-        assert self.codec is not None
+        codec = self.sight if modality is Modality.VISION else self.codec
+        assert codec is not None
         height, width = (int(where[:, axis].max() - where[:, axis].min()) + 1 for axis in (1, 2))
-        pixels = self.codec.decode(rows, height * self.codec.patch, width * self.codec.patch)
+        pixels = codec.decode(rows, height * codec.patch, width * codec.patch)
         return Image(pixels=pixels, role=role)
 
     def is_control(self, index: int) -> bool:

@@ -11,7 +11,16 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from litchi.config import BadInput
-from litchi.model.codec import CodecConfig, TileCodec, TileCodecConfig, build_codec, cut, fit
+from litchi.model.codec import (
+    CodecConfig,
+    PixelCodec,
+    PixelCodecConfig,
+    TileCodec,
+    TileCodecConfig,
+    build_codec,
+    cut,
+    fit,
+)
 from litchi.schema.processor import Discrete, Noising, Processor, Space, action_token
 from litchi.schema.sample import Image, Sample, Text, Video
 from litchi.schema.tokenizer import Tokenizer
@@ -26,6 +35,8 @@ class FitConfig:
     codec: CodecConfig | None = TileCodecConfig()
     spaces: dict[str, Space] = field(default_factory=dict)
     noising: Noising = Noising()
+    sight: PixelCodecConfig | None = None
+    """Give the model a `Tower` for VISION as well: pictures that a user shows are then read through it."""
     max_tiles: int = 200_000
     """Distinct tiles kept for fitting the codec."""
 
@@ -42,10 +53,13 @@ def fit_processor(config: FitConfig, samples: Iterable[Sample], *, seed: int) ->
     codec = None if config.codec is None else build_codec(config.codec)
     if isinstance(codec, TileCodec):
         fit_tiles(codec, sorted(tiles), seed)
-    return Processor(tokenizer, codec, dict(config.spaces), config.noising)
+    sight = None if config.sight is None else PixelCodec(config.sight)
+    return Processor(tokenizer, codec, dict(config.spaces), config.noising, sight=sight)
 
 
 def fit_tiles(codec: TileCodec, tiles: list[bytes], seed: int) -> None:
+    if not tiles:
+        raise BadInput("no sample has a picture to fit a codec on: give some, or set fit.codec=none")
     if len(tiles) > codec.config.codes:
         raise BadInput(
             f"{len(tiles)} distinct tiles do not fit {codec.config.codes} codes: raise codec.levels, "
