@@ -40,8 +40,7 @@ def model(p: Processor, *, flow: bool = False, experts: int = 1, seed: int = 0) 
         num_kv_heads=2,
         head_width=12,
         mlp_width=48,
-        modalities={"image": kind, "action": Flow(3)}
-        | ({"vision": Tower(48, width=16, num_layers=1)} if p.sight else {}),
+        modalities={"image": kind, "action": Flow(3), **tower},
         experts=experts,
     )
     built = Model(config)
