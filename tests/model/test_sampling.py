@@ -1,0 +1,125 @@
+"""What is drawn follows the scores: tokens as a slow reference says, digits all within their steps."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from litchi.model.sampling import CERTAIN, euler, reveal, sample_token, truncate
+from litchi.schema.arrays import MASK
+from litchi.schema.request import SamplingParams
+
+laws = settings(max_examples=50, deadline=None, derandomize=True)
+scores = st.lists(st.integers(-40, 40), min_size=1, max_size=12).map(lambda xs: [x / 8 for x in xs])
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def slow_shares(values: list[float], params: SamplingParams) -> list[float]:
+    """Probabilities by the book: heat, sort, keep the best few, keep the best mass, share what is left."""
+    heated = [math.exp(v / params.temperature) for v in values]
+    share = [h / sum(heated) for h in heated]
+    kept, mass = [], 0.0
+    for index in sorted(range(len(values)), key=lambda i: (-share[i], i)):
+        if mass >= params.top_p or (params.top_k and len(kept) == params.top_k):
+            break
+        kept.append(index)
+        mass += share[index]
+    return [share[i] / mass if i in kept else 0.0 for i in range(len(values))]
+
+
+@laws
+@given(scores, st.sampled_from([0.3, 1.0, 2.0]), st.sampled_from([0.05, 0.5, 0.83, 1.0]), st.integers(0, 5))
+def test_truncation_is_what_the_slow_reference_says(values, temperature: float, top_p: float, top_k: int) -> None:
+    params = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k)
+    heated = torch.tensor(values).log_softmax(-1) / temperature
+    found = truncate(heated, params)
+    expected = torch.tensor(slow_shares(values, params))
+    best = heated.softmax(-1).sort(descending=True).values.cumsum(-1)
+    if bool(((best - top_p).abs() < 1e-5).any()):
+        return  # whether mass has reached top_p is then a question of rounding
+    torch.testing.assert_close(found / found.sum(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_tokens_are_drawn_as_often_as_their_shares_say() -> None:
+    values, params = [1.0, 0.0, 2.0, -1.0], SamplingParams(temperature=0.7, top_k=3)
+    rng = generator()
+    drawn = [sample_token(torch.tensor(values), params, rng)[0] for _ in range(4000)]
+    for index, share in enumerate(slow_shares(values, params)):
+        # four standard deviations of a share of 4000 draws
+        assert drawn.count(index) / 4000 == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / 4000))
+
+
+@laws
+@given(scores, st.integers(0, 3))
+def test_greedy_takes_the_first_of_the_best_and_needs_no_randomness(values, top_k: int) -> None:
+    rng = generator()
+    before = rng.get_state()
+    index, _ = sample_token(torch.tensor(values), SamplingParams(temperature=0.0, top_k=top_k), rng)
+    assert index == values.index(max(values)) and torch.equal(rng.get_state(), before)
+
+
+@laws
+@given(scores, st.sampled_from([0.0, 0.5, 2.0]))
+def test_the_logprob_is_that_of_the_unchanged_scores(values, temperature: float) -> None:
+    params = SamplingParams(temperature=temperature, top_p=0.9)
+    index, logprob = sample_token(torch.tensor(values), params, generator())
+    total = math.log(sum(math.exp(v) for v in values))
+    assert logprob == pytest.approx(values[index] - total, abs=1e-4)
+
+
+@laws
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 6), st.sampled_from([0.0, 1.0]), st.integers(0, 99))
+def test_every_digit_is_shown_within_its_steps_and_stays(n: int, c: int, steps: int, heat: float, seed: int) -> None:
+    rng = generator(seed)
+    value = torch.full((n, c), MASK)
+    for step in range(steps):
+        shown = value != MASK
+        after = reveal(
+            value, 3 * torch.randn(n, c, 5, generator=rng), steps_left=steps - step, temperature=heat, generator=rng
+        )
+        assert torch.equal(after[shown], value[shown]), "a shown digit never changes"
+        assert bool((after[after != MASK] % 1 == 0).all()) and float(after.max()) < 5
+        value = after
+    assert not bool((value == MASK).any())
+
+
+@laws
+@given(st.integers(0, 99), st.sampled_from([0.0, 1.0, 5.0]))
+def test_certain_digits_come_first_and_as_what_they_are(seed: int, heat: float) -> None:
+    draw = random.Random(seed)
+    certain = [i for i in range(12) if draw.random() < 0.4]
+    scores_NCL = torch.zeros(3, 4, 5)
+    for i in certain:
+        scores_NCL[i // 4, i % 4, i % 5] = 20.0
+    assert bool((scores_NCL.softmax(-1).amax(-1).flatten()[certain] >= CERTAIN).all())
+    hidden = torch.full((3, 4), MASK)
+    shown = reveal(hidden, scores_NCL, steps_left=4, temperature=heat, generator=generator(seed)).flatten()
+    assert [int(shown[i]) for i in certain] == [i % 5 for i in certain]
+    assert int((shown != MASK).sum()) == len(certain) + math.ceil((12 - len(certain)) / 4)
+
+
+def test_what_is_shown_by_chance_is_anywhere() -> None:
+    found = set()
+    for seed in range(40):
+        shown = reveal(
+            torch.full((2, 2), MASK), torch.zeros(2, 2, 3), steps_left=4, temperature=0.0, generator=generator(seed)
+        )
+        found.add(int((shown != MASK).flatten().nonzero()[0, 0]))
+    assert found == {0, 1, 2, 3}
+
+
+@laws
+@given(st.integers(1, 20))
+def test_a_flow_that_knows_the_answer_arrives_at_it(steps: int) -> None:
+    clean, value = torch.tensor([[1.0, -2.0]]), torch.tensor([[0.3, 0.4]])
+    for step in range(steps):
+        value = euler(value, clean, step / steps, 1 / steps)
+    torch.testing.assert_close(value, clean)
