@@ -278,7 +278,10 @@ def run_of(checkpoint: Path, settings: Sequence[str]) -> Run:
     """The Run that wrote a checkpoint, with settings applied."""
     from litchi.run import Run
 
-    run = from_json(Run, (checkpoint / "run.json").read_text(encoding="utf-8"))
+    path = checkpoint / "run.json"
+    if not path.is_file():
+        raise BadInput(f"{path} is missing: copy the checkpoint again")
+    run = from_json(Run, path.read_text(encoding="utf-8"))
     for setting in settings:
         run = override(run, setting)
     return run
