@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Mapping
@@ -42,6 +43,8 @@ class TrainConfig:
     scale: dict[str, float] = field(default_factory=dict)
     """Factor of each modality's mean loss, 1 where not named."""
     dtype: str = "float32"
+    compile: bool = False
+    """Fuse the elementwise work of layers with torch.compile, which on a CPU needs a C++ compiler."""
     device: str = "auto"
     threads: int = 0
     """CPU threads, 0 for all."""
@@ -65,7 +68,7 @@ class State:
     generator: torch.Generator
     batches: Batches
     seconds: float = 0.0
-    """Time spent training, over all continuations."""
+    """Time spent training and saving, over all continuations."""
 
 
 def run(
@@ -81,8 +84,8 @@ def run(
     pictures = Pictures(folder, processor, samples)
 
     with Interrupt() as stop, Progress(config.num_steps, "train", done=state.step) as progress:
+        mark = time.monotonic()
         while state.step < config.num_steps:
-            began = time.monotonic()
             group = [next(state.batches).to(device) for _ in range(config.num_accumulate)]
             if state.step == 0:
                 check_coverage(group[0])
@@ -99,7 +102,7 @@ def run(
             )
             average(state, config.ema)
             state.step += 1
-            state.seconds += time.monotonic() - began
+            state.seconds, mark = state.seconds + time.monotonic() - mark, time.monotonic()
 
             last = state.step == config.num_steps
             if state.step % config.log_every == 0 or last:
@@ -145,6 +148,8 @@ def fresh(config, model_config: ModelConfig, processor: Processor, samples: Samp
     model = Model(model_config)
     initialise(model, config.seed)
     model.to(device)
+    if config.compile:
+        fuse(model)
     return State(
         step=0,
         model=model,
@@ -153,6 +158,15 @@ def fresh(config, model_config: ModelConfig, processor: Processor, samples: Samp
         generator=torch.Generator().manual_seed(config.seed),
         batches=Batches(samples, processor, config.batches, config.seed),
     )
+
+
+def fuse(model: Model) -> None:
+    """Compile what layers do to tokens one by one; attention stays as it is. oracle: the same layers, not compiled"""
+    if next(model.parameters()).device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
+        raise BadInput("train.compile needs a C++ compiler on a CPU: install g++, or set train.compile=false")
+    for layer in model.layers:
+        for expert in layer.experts:
+            expert.read, expert.write = torch.compile(expert.read), torch.compile(expert.write)
 
 
 class Interrupt:
