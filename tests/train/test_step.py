@@ -58,8 +58,8 @@ def test_two_microbatches_are_one_batch_of_both() -> None:
     assert {"loss/text", "loss/image", "loss/action"} <= row.keys()
     for name, p in model.named_parameters():
         if p.grad is not None:
-            # fp32 sums in another order, of gradients of about 0.1
-            torch.testing.assert_close(gradients[name], p.grad, rtol=1e-5, atol=1e-6, msg=name)
+            # fp32 sums in another order; a wrong weight would be off by tenths of the norm
+            assert float((gradients[name] - p.grad).norm()) <= 3e-6 * float(p.grad.norm()), name
 
 
 def test_a_step_in_bfloat16_is_the_same_step_roughly() -> None:
