@@ -20,7 +20,7 @@ processor = Processor(tokenizer, build_codec(tiles), {SPACE: space}, Noising())
 digits = Mask(tiles.digits, tiles.codes)
 model = Model(ModelConfig(len(tokenizer), width=64, num_layers=2, modalities={"image": digits}))
 initialise(model, seed=0)
-model.writers["image"].weight.data.normal_(0, 0.1)
+model.writers["image"].slots.weight.data.normal_(0, 0.1)
 fast, slow = Generator(model, processor), Generator(model, processor, cached=False)
 
 # %% Four wants, one sequence: a chat turn, a picture from words, the next frame of a world, the next action.

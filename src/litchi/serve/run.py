@@ -77,11 +77,12 @@ def run(config: ServeConfig, sampler: Sampler, make_room: MakeRoom) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if config.host not in LOOPBACK and not config.api_key:
         logging.getLogger("litchi.serve").warning("open to the network without api_key: whoever reaches it may use it")
+    server = uvicorn.Server(uvicorn_config(config, sampler, make_room))
     listener = bind(config.host, config.port)
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     print(f"Litchi serves {config.model!r}. Page: http://{shown}:{port}/  API: http://{shown}:{port}/v1", flush=True)
-    uvicorn.Server(uvicorn_config(config, sampler, make_room)).run(sockets=[listener])
+    server.run(sockets=[listener])
 
 
 @contextmanager

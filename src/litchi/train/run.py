@@ -56,6 +56,9 @@ class TrainConfig:
 LEARNED_FROM = ("data", "mixture", "fit", "model", "train")
 """The parts of a Run that decide what is learned; only the same ones may continue a checkpoint."""
 
+HABITS = ("log_every", "save_every", "keep")
+"""Settings of training that change nothing in the weights."""
+
 
 @dataclass(slots=True)
 class State:
@@ -249,8 +252,8 @@ def remove(folder: Path) -> None:
 def restore(state: State, path: Path, run_json: str) -> None:
     """Continue from a checkpoint. Raises BadInput if it was written by a Run that trains something else."""
     loaded: Checkpoint = load(path)
-    ours, theirs = json.loads(run_json), json.loads((path / "run.json").read_text())
-    changed = [key for key in LEARNED_FROM if ours.get(key) != theirs.get(key)]
+    ours, theirs = learned_from(run_json), learned_from((path / "run.json").read_text())
+    changed = [key for key in LEARNED_FROM if ours[key] != theirs[key]]
     if changed:
         said = ", ".join(changed)
         raise BadInput(f"{path} was trained with another {said}: give this Run a folder of its own (--folder)")
@@ -261,6 +264,13 @@ def restore(state: State, path: Path, run_json: str) -> None:
     state.generator.set_state(load_tensors(path / "resume" / "random.safetensors")["generator"])
     state.batches.restore(loaded.meta["batches"])
     state.step, state.seconds = loaded.meta["step"], loaded.meta["seconds"]
+
+
+def learned_from(run_json: str) -> dict[str, Any]:
+    """What a Run says about what is learned."""
+    run = json.loads(run_json)
+    training = {key: value for key, value in run.get("train", {}).items() if key not in HABITS}
+    return {key: training if key == "train" else run.get(key) for key in LEARNED_FROM}
 
 
 def flatten(optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
