@@ -24,6 +24,10 @@ FOLDER = Path(__file__).parents[1] / "checkpoints" / "tiny"
 PART = {"talk": 8, "describe": 12, "draw": 24, "foresee": 3, "watch": 16, "act": 24}
 """Test samples of each ability that are asked again."""
 
+pytestmark = pytest.mark.skipif(
+    not FOLDER.is_dir(), reason="no checkpoint is shipped yet: none has reached its bars (docs/log.md)"
+)
+
 DOUBT = 1e-3
 """How improbable the new figure may be if the board tells the truth."""
 
