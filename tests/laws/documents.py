@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from litchi.model.codec import PixelCodec, PixelCodecConfig, TileCodec, TileCodecConfig
+from litchi.model.codec import PixelCodec, PixelCodecConfig, TileCodec, TileCodecConfig, regroup
 from litchi.model.network import Flow, Mask, Model, ModelConfig, initialise
 from litchi.model.vision import Tower
 from litchi.schema.processor import Continuous, Discrete, Noising, Processor, action_token
@@ -19,18 +19,23 @@ SIGHT = PixelCodec(PixelCodecConfig(patch=4))
 TOKENS = [action_token("grid", i) for i in range(3)]
 
 
-def processor(*, flow: bool = False, tower: bool = False) -> Processor:
-    """A small processor; pictures are raw patches (flow) or digits of a codec (mask), a user's seen through a tower."""
+def processor(*, flow: bool = False, tower: bool = False, film: bool = False) -> Processor:
+    """A small processor; pictures are raw patches (flow) or digits of a codec (mask).
+
+    With `tower` a user's are seen through a tower, with `film` frames have coarser tokens than pictures.
+    """
     tokenizer = Tokenizer.train([" ".join(WORDS)] * 3, vocab_size=330, actions=TOKENS)
     torch.manual_seed(0)
-    codec = (
-        PixelCodec(PixelCodecConfig(patch=4)) if flow else TileCodec(TileCodecConfig(patch=8, tile=4, levels=(3, 3)))
-    )
-    return Processor(tokenizer, codec, SPACES, Noising(blank_frames=0.5), sight=SIGHT if tower else None)
+    patch = 4 if film else 8
+    codec = PixelCodec(PixelCodecConfig(4)) if flow else TileCodec(TileCodecConfig(patch, tile=4, levels=(3, 3)))
+    coarse = regroup(codec, 8) if film else None
+    sight = SIGHT if tower else None
+    return Processor(tokenizer, codec, SPACES, Noising(blank_frames=0.5), film=coarse, sight=sight)
 
 
 def model(p: Processor, *, flow: bool = False, experts: int = 1, seed: int = 0) -> Model:
-    kind = Flow(48) if flow else Mask(digits=4, levels=9)
+    kind = Flow(48) if flow else Mask(digits=1 if p.film else 4, levels=9)
+    video = {"video": Mask(digits=4, levels=9)} if p.film else {}
     tower = {"vision": Tower(48, width=16, num_layers=1)} if p.sight else {}
     config = ModelConfig(
         vocab_size=len(p.tokenizer),
@@ -40,7 +45,7 @@ def model(p: Processor, *, flow: bool = False, experts: int = 1, seed: int = 0) 
         num_kv_heads=2,
         head_width=12,
         mlp_width=48,
-        modalities={"image": kind, "action": Flow(3), **tower},
+        modalities={"image": kind, "action": Flow(3), **tower, **video},
         experts=experts,
     )
     built = Model(config)

@@ -22,11 +22,12 @@ from tests.laws.documents import model, processor, samples
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 """fp32 sums in another order; the models are two layers of width 32."""
 
-MASKED, FLOWING, SEEING = processor(), processor(flow=True), processor(tower=True)
+MASKED, FLOWING, SEEING, FILMING = processor(), processor(flow=True), processor(tower=True), processor(film=True)
 MODELS = {
     "mask": (MASKED, model(MASKED)),
     "flow": (FLOWING, model(FLOWING, flow=True)),
     "tower": (SEEING, model(SEEING)),
+    "film": (FILMING, model(FILMING)),
     "two experts": (MASKED, model(MASKED, experts=2)),
 }
 laws = settings(max_examples=20, deadline=None, derandomize=True)
@@ -140,7 +141,7 @@ def test_decode_undoes_encode(kind: str, sample: Sample) -> None:
             case Text(), Text():
                 assert a.text == b.text
             case Image(), Image():
-                codec = p.sight if p.sight and b.role is Role.USER else p.codec
+                _, codec = p.codec_for(frame=b.role is Role.NONE, shown=b.role is Role.USER)
                 assert np.array_equal(a.pixels, codec.decode(codec.encode(b.pixels), *b.pixels.shape[:2]))
             case Action(), Action():
                 assert a.space == b.space

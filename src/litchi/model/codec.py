@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -123,6 +123,17 @@ def build_codec(config: CodecConfig) -> PixelCodec | TileCodec:
             return PixelCodec(config)
         case TileCodecConfig():
             return TileCodec(config)
+
+
+def regroup(codec: PixelCodec | TileCodec, patch: int) -> PixelCodec | TileCodec:
+    """The same codec with tokens of another size; a tile codec shares its weights."""
+    match codec:
+        case PixelCodec():
+            return PixelCodec(PixelCodecConfig(patch))
+        case TileCodec():
+            other = TileCodec(replace(codec.config, patch=patch))
+            other.encoder, other.decoder, other.known = codec.encoder, codec.decoder, codec.known
+            return other
 
 
 def fit(codec: TileCodec, tiles: UInt8[Tensor, "n values"], *, seed: int, max_steps: int = 8_000) -> float:

@@ -93,7 +93,7 @@ class Generator:
     # ---- text ----
 
     def chat(self, state: State, request: Request) -> Iterator[Delta]:
-        """Sample until the turn ends; where the model opens a picture, draw it and go on."""
+        """Sample until the turn ends: at its end token, or with a picture where the model opens one."""
         tokenizer, params = self.processor.tokenizer, request.params
         self.open(state, request)
         ids: list[int] = []
@@ -106,8 +106,9 @@ class Generator:
                 return
             state.builder.token(index)
             if index == tokenizer.picture:
-                yield Delta(part=self.draw(state, request, Role.ASSISTANT), tokens=(index,), logprobs=logprobs)
-                continue
+                picture = self.draw(state, request, Role.ASSISTANT)
+                yield Delta(part=picture, tokens=(index,), logprobs=logprobs, finish="stop")
+                return
             ids.append(index)
             text = tokenizer.decode(ids)
             if cut := [text.index(stop) for stop in params.stop if stop in text]:
@@ -128,7 +129,8 @@ class Generator:
 
     def draw(self, state: State, request: Request, role: Role) -> Image:
         """Denoise one picture and append its clean copy."""
-        codec = self.processor.codec
+        foreseen = role is Role.NONE
+        modality, codec = self.processor.codec_for(frame=foreseen)
         if codec is None:
             raise BadInput("this checkpoint has no codec, so that it cannot draw")
         if request.height % codec.patch or request.width % codec.patch:
@@ -137,11 +139,8 @@ class Generator:
             )
         places = grid_places(request.height // codec.patch, request.width // codec.patch)
         params = request.params
-        foreseen = role is Role.NONE
-        rows = self.denoise(
-            state, Modality.IMAGE, places, steps=params.steps or (1 if foreseen else 0), request=request
-        )
-        state.builder.vectors(Modality.IMAGE, rows, torch.ones(len(rows)), 0.0, places, self.processor.tokenizer.patch)
+        rows = self.denoise(state, modality, places, steps=params.steps or (1 if foreseen else 0), request=request)
+        state.builder.vectors(modality, rows, torch.ones(len(rows)), 0.0, places, self.processor.tokenizer.patch)
         state.builder.time += 1
         return Image(pixels=codec.decode(rows, request.height, request.width), role=role)
 

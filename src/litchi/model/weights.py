@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from litchi.config import BadInput, from_json, to_json
-from litchi.model.codec import CodecConfig, PixelCodec, PixelCodecConfig, TileCodec, build_codec
+from litchi.model.codec import CodecConfig, PixelCodec, PixelCodecConfig, TileCodec, build_codec, regroup
 from litchi.model.network import Mask, Model, ModelConfig
 from litchi.schema.processor import Noising, Processor, Space
 from litchi.schema.sequence import Modality, TokenSequence, Vectors, pack
@@ -44,6 +44,8 @@ class ProcessorConfig:
     noising: Noising = Noising()
     sight: PixelCodecConfig | None = None
     """How pictures that a user shows are cut for the vision tower; None reads them as codes."""
+    film_patch: int = 0
+    """Pixels of a token of a frame of a world or clip; 0 codes frames as pictures are coded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +105,8 @@ def save_processor(folder: Path, processor: Processor) -> None:
     processor.tokenizer.save(folder / "tokenizer.json")
     codec = processor.codec
     sight = getattr(processor.sight, "config", None)
-    config = ProcessorConfig(getattr(codec, "config", None), processor.spaces, processor.noising, sight)
+    film_patch = 0 if processor.film is None else processor.film.patch
+    config = ProcessorConfig(getattr(codec, "config", None), processor.spaces, processor.noising, sight, film_patch)
     (folder / "processor.json").write_text(to_json(config))
     if isinstance(codec, nn.Module):
         save_file({k: v.contiguous() for k, v in codec.state_dict().items()}, folder / "codec.safetensors")
@@ -180,7 +183,9 @@ def load_processor(folder: Path) -> Processor:
     if isinstance(codec, TileCodec):
         codec.load_state_dict(load_tensors(folder / "codec.safetensors"))
     sight = None if config.sight is None else PixelCodec(config.sight)
-    return Processor(Tokenizer.load(folder / "tokenizer.json"), codec, config.spaces, config.noising, sight=sight)
+    film = regroup(codec, config.film_patch) if codec is not None and config.film_patch else None
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    return Processor(tokenizer, codec, config.spaces, config.noising, film=film, sight=sight)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

@@ -148,10 +148,15 @@ class Processor:
         spaces: dict[str, Space],
         noising: Noising,
         *,
+        film: Codec | None = None,
         sight: Codec | None = None,
     ) -> None:
-        """With `sight`, pictures that a user shows are read through a vision tower as patches of it, not as codes."""
-        self.tokenizer, self.codec, self.spaces, self.noising, self.sight = tokenizer, codec, spaces, noising, sight
+        """With `film`, frames of worlds and clips are coded by it, coarser than pictures in a conversation.
+
+        With `sight`, pictures that a user shows are read through a vision tower as patches of it, not as codes.
+        """
+        self.tokenizer, self.codec, self.spaces, self.noising = tokenizer, codec, spaces, noising
+        self.film, self.sight = film, sight
 
     # ---- the walk ----
 
@@ -174,6 +179,8 @@ class Processor:
             opens = i == 0 or parts[i - 1].role != part.role
             last = i + 1 == len(parts)
             closes = part.role is not Role.NONE and (last or parts[i + 1].role != part.role)
+            if last and whole and drawn(part):
+                closes = False  # a picture ends the turn by itself, and its noised copy is all that is needed
             if opens and part.role is not Role.NONE:
                 builder.token(self.tokenizer.roles[part.role])
             self.part(builder, part, rng, followed=closes or not (last and whole))
@@ -187,17 +194,17 @@ class Processor:
                 for index in self.tokenizer.encode(part.text):
                     builder.token(index, weight)
             case Image():
-                self.picture(builder, part.pixels, part.role, weight, rng, followed=followed)
+                frame = part.role in (Role.NONE, Role.WORLD)
+                self.picture(builder, part.pixels, part.role, weight, rng, followed=followed, frame=frame)
             case Video():
                 for i, frame in enumerate(part.frames):
                     keep = followed or i + 1 < len(part.frames)
-                    self.picture(builder, frame, part.role, weight, rng, followed=keep)
+                    self.picture(builder, frame, part.role, weight, rng, followed=keep, frame=True)
             case Action():
                 self.action(builder, part, weight, rng, followed=followed)
 
-    def picture(self, builder, pixels, role, weight: float, rng, *, followed: bool) -> None:
-        shown = self.sight is not None and role is Role.USER and weight == 0
-        modality, codec = (Modality.VISION, self.sight) if shown else (Modality.IMAGE, self.codec)
+    def picture(self, builder, pixels, role, weight: float, rng, *, followed: bool, frame: bool) -> None:
+        modality, codec = self.codec_for(frame=frame, shown=role is Role.USER and weight == 0)
         if codec is None:
             raise BadInput("the sample has a picture, but the processor has no codec: give ProcessorConfig a codec")
         rows = codec.encode(pixels)
@@ -205,6 +212,12 @@ class Processor:
         builder.token(self.tokenizer.picture, weight if role is Role.ASSISTANT else 0.0)
         places = grid_places(pixels.shape[0] // codec.patch, pixels.shape[1] // codec.patch)
         self.copies(builder, modality, rows, weight, draw_time(rng, blank), places, followed=followed)
+
+    def codec_for(self, *, frame: bool, shown: bool = False) -> tuple[Modality, Codec | None]:
+        """How a picture is coded: a frame of a world, one that a user shows, or any other in a conversation."""
+        if frame:
+            return (Modality.VIDEO, self.film) if self.film is not None else (Modality.IMAGE, self.codec)
+        return (Modality.VISION, self.sight) if shown and self.sight is not None else (Modality.IMAGE, self.codec)
 
     def action(self, builder: Builder, part: Action, weight: float, rng, *, followed: bool) -> None:
         match self.space(part.space):
@@ -271,7 +284,7 @@ class Processor:
         if modality is Modality.ACTION:
             name, space = next((n, s) for n, s in self.spaces.items() if isinstance(s, Continuous))
             return Action(values=space.restore(rows), space=name, role=role)
-        codec = self.sight if modality is Modality.VISION else self.codec
+        codec = {Modality.VISION: self.sight, Modality.VIDEO: self.film}.get(modality, self.codec)
         assert codec is not None
         height, width = (int(where[:, axis].max() - where[:, axis].min()) + 1 for axis in (1, 2))
         pixels = codec.decode(rows, height * codec.patch, width * codec.patch)
@@ -309,6 +322,11 @@ class Processor:
                 return [self.action_id(space, i) for i in range(len(names))]
             case _:
                 raise BadInput(f"the actions of {space!r} are continuous; they have no tokens")
+
+
+def drawn(part: Part) -> bool:
+    """Whether a part is a picture that the assistant learns to draw."""
+    return isinstance(part, Image) and part.weight > 0 and part.role is Role.ASSISTANT
 
 
 def draw_time(rng: np.random.Generator | None, blank: float) -> float:

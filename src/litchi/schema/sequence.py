@@ -19,10 +19,12 @@ from litchi.schema.arrays import IGNORE
 
 
 class Modality(StrEnum):
-    """`IMAGE` is what a codec encodes and can draw; `VISION` is what a vision tower only understands."""
+    """`IMAGE` is a picture in a conversation and `VIDEO` a frame of a world or clip, both as codes that can be drawn;
+    `VISION` is what a vision tower only understands."""
 
     TEXT = "text"
     IMAGE = "image"
+    VIDEO = "video"
     VISION = "vision"
     ACTION = "action"
 

@@ -20,6 +20,7 @@ from litchi.model.codec import (
     build_codec,
     cut,
     fit,
+    regroup,
 )
 from litchi.schema.processor import Discrete, Noising, Processor, Space, action_token
 from litchi.schema.sample import Image, Sample, Text, Video
@@ -35,6 +36,8 @@ class FitConfig:
     codec: CodecConfig | None = TileCodecConfig()
     spaces: dict[str, Space] = field(default_factory=dict)
     noising: Noising = Noising()
+    film_patch: int = 0
+    """Pixels of a token of a frame of a world or clip; 0 codes frames as pictures are coded."""
     sight: PixelCodecConfig | None = None
     """Give the model a `Tower` for VISION as well: pictures that a user shows are then read through it."""
     max_tiles: int = 200_000
@@ -54,7 +57,8 @@ def fit_processor(config: FitConfig, samples: Iterable[Sample], *, seed: int) ->
     if isinstance(codec, TileCodec):
         fit_tiles(codec, sorted(tiles), seed)
     sight = None if config.sight is None else PixelCodec(config.sight)
-    return Processor(tokenizer, codec, dict(config.spaces), config.noising, sight=sight)
+    film = regroup(codec, config.film_patch) if codec is not None and config.film_patch else None
+    return Processor(tokenizer, codec, dict(config.spaces), config.noising, film=film, sight=sight)
 
 
 def fit_tiles(codec: TileCodec, tiles: list[bytes], seed: int) -> None:
