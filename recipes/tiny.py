@@ -30,7 +30,7 @@ from litchi.train.schedule import Trapezoid
 
 CODEC = TileCodecConfig(patch=16, tile=8, levels=(4, 4, 4, 4))
 
-TOKENS = {"talk": 138, "describe": 111, "draw": 48, "foresee": 171, "play": 170, "watch": 165, "act": 103}
+TOKENS = {"talk": 106, "describe": 111, "draw": 48, "foresee": 171, "play": 170, "watch": 165, "act": 103}
 """Mean length of a sample of each source."""
 
 SHARES = {"talk": 0.30, "describe": 0.14, "draw": 0.15, "foresee": 0.13, "play": 0.04, "watch": 0.13, "act": 0.11}

@@ -45,7 +45,7 @@ def test_a_dialogue_is_a_picture_and_turns_of_which_answers_are_learned(talks: l
     for sample in talks[:100]:
         image, *turns = sample.parts
         assert isinstance(image, Image) and image.role is Role.USER and image.weight == 0
-        assert 7 <= len(turns) // 2 <= 9
+        assert 5 <= len(turns) // 2 <= 7
         for question, reply, truth in zip(turns[::2], turns[1::2], sample.meta["turns"], strict=True):
             assert question == Text(text=truth["question"], role=Role.USER)
             assert reply == Text(text=truth["answer"], role=Role.ASSISTANT, weight=1.0)

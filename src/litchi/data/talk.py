@@ -1,4 +1,4 @@
-"""Dialogues of seven to nine questions about one picture."""
+"""Dialogues of five to seven questions about one picture."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def dialogue(scene: Scene, rng: np.random.Generator) -> list[tuple[Question, str
     asked: list[Question] = []
     pages = book(scene)
     turns = []
-    for _ in range(int(rng.integers(7, 10))):
+    for _ in range(int(rng.integers(5, 8))):
         leaning = choose_follow_up(pages, rng, asked) if asked and rng.random() < FOLLOW_UPS else None
         if leaning:
             question, words = leaning

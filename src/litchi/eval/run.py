@@ -49,7 +49,7 @@ class EvalConfig:
 
     abilities: tuple[str, ...] = ABILITIES
     talk: int = 256
-    """Dialogues, of 7 to 9 questions each."""
+    """Dialogues, of 5 to 7 questions each."""
     describe: int = 512
     draw: int = 1024
     """Prompts; layouts are among them."""

@@ -23,7 +23,7 @@ HEADLINE = Headline(
 DETAILS = (
     Figure("by kind", "right", over="each"),
     Figure("baseline by kind", "baseline", over="each"),
-    *(Figure(f"turn {turn}", f"right@{turn}", f"n@{turn}") for turn in range(1, 10)),
+    *(Figure(f"turn {turn}", f"right@{turn}", f"n@{turn}") for turn in range(1, 9)),
     Figure("free-running answers right", "hits", "turns", part="free"),
     Figure("free-running dialogues all right", "right", part="free"),
 )
