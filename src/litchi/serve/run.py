@@ -97,6 +97,7 @@ def background(config: ServeConfig, sampler: Sampler, make_room: MakeRoom) -> It
     except BadInput:
         listener = bind(config.host, 0)
     server = uvicorn.Server(uvicorn_config(config, sampler, make_room))
+    listener.listen()  # so that a request made before the server is up waits, and is not refused
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:
