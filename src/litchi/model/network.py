@@ -181,6 +181,7 @@ class Reader(nn.Module):
             case Mask(digits, levels, width):
                 self.table = nn.Embedding(levels + 1, width)
                 self.slots = nn.Linear(digits * width, c.width, bias=False)
+                self.anywhere = nn.Linear(width, c.width, bias=False)
             case Flow(channels):
                 self.value = nn.Linear(channels, c.width)
             case Tower():
@@ -193,7 +194,8 @@ class Reader(nn.Module):
         match self.kind:
             case Mask(levels=levels):
                 digit_NC = torch.where(v.value == MASK, levels, v.value).long()
-                x_ND = self.slots(self.table(digit_NC).flatten(1))
+                held_NCW = self.table(digit_NC)
+                x_ND = self.slots(held_NCW.flatten(1)) + self.anywhere(held_NCW.sum(1))
             case Flow():
                 x_ND = self.value(v.value)
             case Tower():

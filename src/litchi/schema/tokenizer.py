@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
@@ -26,8 +29,14 @@ class Tokenizer:
         self.roles = {role: self.control(name) for role, name in ROLES.items()}
 
     @classmethod
-    def train(cls, texts: Iterable[str], *, vocab_size: int, actions: Sequence[str] = ()) -> Tokenizer:
-        """Learn merges from texts. `actions` are further control tokens, one for each discrete action."""
+    def train(
+        cls, texts: Iterable[str], *, vocab_size: int, actions: Sequence[str] = (), phrases: int = 0
+    ) -> Tokenizer:
+        """Learn merges from texts: first within words, then `phrases` more that join words (SuperBPE, Liu et al. 2025).
+
+        `actions` are further control tokens, one for each discrete action. Phrases come on top of `vocab_size`.
+        """
+        texts = list(texts)
         backend = Backend(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
@@ -38,7 +47,7 @@ class Tokenizer:
             show_progress=False,
         )
         backend.train_from_iterator(texts, trainer)
-        return cls(backend)
+        return cls(join_words(backend, texts, phrases) if phrases else backend)
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
@@ -63,3 +72,53 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, control tokens left out."""
         return self.backend.decode(list(ids), skip_special_tokens=True)
+
+
+def join_words(backend: Backend, texts: Iterable[str], count: int) -> Backend:
+    """The same tokenizer with up to `count` merges more that cross the borders of words, the most frequent first.
+
+    Only pieces are joined of which one nearly always stands beside the other, and no digit: what is fixed is read in one
+    step, and what can vary, a colour or a place, keeps a token of its own.
+    """
+    counts = Counter(texts)
+    pieces = {text: backend.encode(text, add_special_tokens=False).tokens for text in counts}
+    merges: list[tuple[str, str]] = []
+    while len(merges) < count:
+        single: Counter[str] = Counter()
+        pairs: Counter[tuple[str, str]] = Counter()
+        for text, words in pieces.items():
+            for word in words:
+                single[word] += counts[text]
+            for pair in pairwise(words):
+                pairs[pair] += counts[text]
+        fixed = [
+            pair
+            for pair, n in pairs.items()
+            if n >= TOGETHER * min(single[pair[0]], single[pair[1]]) and not any(c.isdigit() for c in "".join(pair))
+        ]
+        if not fixed:
+            break
+        best = min(fixed, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        pieces = {text: merged(words, best) for text, words in pieces.items()}
+    state = json.loads(backend.to_str())
+    for left, right in merges:
+        state["model"]["vocab"].setdefault(left + right, len(state["model"]["vocab"]))
+        state["model"]["merges"].append([left, right])
+    state["pre_tokenizer"]["use_regex"] = False
+    return Backend.from_str(json.dumps(state))
+
+
+TOGETHER = 0.8
+"""Of the occurrences of the rarer of two pieces, how many must be beside the other."""
+
+
+def merged(words: list[str], pair: tuple[str, str]) -> list[str]:
+    """The pieces with every occurrence of a pair joined, from the left."""
+    out: list[str] = []
+    for word in words:
+        if out and (out[-1], word) == pair:
+            out[-1] += word
+        else:
+            out.append(word)
+    return out

@@ -33,6 +33,8 @@ class FitConfig:
 
     vocab_size: int = 700
     """Upper bound; training stops earlier when no pair of tokens repeats."""
+    phrases: int = 0
+    """Tokens more that join words which nearly always stand together."""
     codec: CodecConfig | None = TileCodecConfig()
     spaces: dict[str, Space] = field(default_factory=dict)
     noising: Noising = Noising()
@@ -52,7 +54,8 @@ def fit_processor(config: FitConfig, samples: Iterable[Sample], *, seed: int) ->
         if isinstance(config.codec, TileCodecConfig) and len(tiles) < config.max_tiles:
             for pixels in pictures(sample):
                 tiles |= dict.fromkeys(row.tobytes() for row in cut(pixels, config.codec.tile).numpy())
-    tokenizer = Tokenizer.train(texts, vocab_size=config.vocab_size, actions=action_names(config.spaces))
+    actions = action_names(config.spaces)
+    tokenizer = Tokenizer.train(texts, vocab_size=config.vocab_size, actions=actions, phrases=config.phrases)
     codec = None if config.codec is None else build_codec(config.codec)
     if isinstance(codec, TileCodec):
         fit_tiles(codec, sorted(tiles), seed)
