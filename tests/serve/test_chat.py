@@ -232,6 +232,16 @@ def test_bytes_that_are_not_json_are_refused(door, raw):
     assert answer.status_code == 400 and "JSON" in answer.json()["error"]["message"]
 
 
+def test_words_are_greedy_and_drawings_sampled_unless_told(serve, painter):
+    """The likeliest tile at any one place is a bare floor, so that a greedy room would be empty."""
+    behind = painter()
+    with serve(behind) as served:
+        httpx.post(f"{served.url}/v1/chat/completions", json={"messages": [user("hi")]})
+        for more in ({}, {"temperature": 0.5}):
+            httpx.post(f"{served.url}/v1/images/generations", json={"prompt": "a red room", **more})
+    assert [request.params.temperature for request in behind.requests] == [0.0, 1.0, 0.5]
+
+
 BAD_DRAWINGS = [{}, {"prompt": 3}, {"prompt": "x", "size": "1024x1024"}, {"prompt": "x", "n": 0}]
 BAD_DRAWINGS += [{"prompt": "x", "response_format": "url"}, {"prompt": "x", "pormpt": "y"}]
 

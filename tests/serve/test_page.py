@@ -54,7 +54,6 @@ def served(served_by) -> Iterator[object]:
             yield served
         return
     from litchi.cli import load_sampler
-
     from litchi.envs.minigrid import Room
 
     with served_by(load_sampler("tiny"), lambda name, seed: Room(name)) as served:

@@ -77,30 +77,36 @@ class Tokenizer:
 def join_words(backend: Backend, texts: Iterable[str], count: int) -> Backend:
     """The same tokenizer with up to `count` merges more that cross the borders of words, the most frequent first.
 
-    Only pieces are joined of which one nearly always stands beside the other, and no digit: what is fixed is read in one
-    step, and what can vary, a colour or a place, keeps a token of its own.
+    Only pieces are joined of which one nearly always stands beside the other, and no digit: what is fixed is read in
+    one step, and what can vary, a colour or a place, keeps a token of its own.
     """
-    counts = Counter(texts)
-    pieces = {text: backend.encode(text, add_special_tokens=False).tokens for text in counts}
+    counted = Counter(texts)
+    pieces = [backend.encode(text, add_special_tokens=False).tokens for text in counted]
+    weights = list(counted.values())
+    single: Counter[str] = Counter()
+    pairs: Counter[tuple[str, str]] = Counter()
+    holders: dict[tuple[str, str], set[int]] = {}
+
+    def tally(index: int, sign: int) -> None:
+        for word in pieces[index]:
+            single[word] += sign * weights[index]
+        for pair in pairwise(pieces[index]):
+            pairs[pair] += sign * weights[index]
+            holders.setdefault(pair, set()).add(index)
+
+    for index in range(len(pieces)):
+        tally(index, 1)
     merges: list[tuple[str, str]] = []
     while len(merges) < count:
-        single: Counter[str] = Counter()
-        pairs: Counter[tuple[str, str]] = Counter()
-        for text, words in pieces.items():
-            for word in words:
-                single[word] += counts[text]
-            for pair in pairwise(words):
-                pairs[pair] += counts[text]
-        fixed = [
-            pair
-            for pair, n in pairs.items()
-            if n >= TOGETHER * min(single[pair[0]], single[pair[1]]) and not any(c.isdigit() for c in "".join(pair))
-        ]
+        fixed = [pair for pair, n in pairs.items() if n > 0 and inseparable(pair, n, single)]
         if not fixed:
             break
         best = min(fixed, key=lambda pair: (-pairs[pair], pair))
         merges.append(best)
-        pieces = {text: merged(words, best) for text, words in pieces.items()}
+        for index in sorted(holders.pop(best)):
+            tally(index, -1)
+            pieces[index] = merged(pieces[index], best)
+            tally(index, 1)
     state = json.loads(backend.to_str())
     for left, right in merges:
         state["model"]["vocab"].setdefault(left + right, len(state["model"]["vocab"]))
@@ -111,6 +117,11 @@ def join_words(backend: Backend, texts: Iterable[str], count: int) -> Backend:
 
 TOGETHER = 0.8
 """Of the occurrences of the rarer of two pieces, how many must be beside the other."""
+
+
+def inseparable(pair: tuple[str, str], together: int, single: Counter[str]) -> bool:
+    rarer = min(single[pair[0]], single[pair[1]])
+    return together >= TOGETHER * rarer and not any(c.isdigit() for c in "".join(pair))
 
 
 def merged(words: list[str], pair: tuple[str, str]) -> list[str]:

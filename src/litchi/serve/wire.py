@@ -94,7 +94,7 @@ def read_drawing(body: dict[str, Any], model: str, limits: Limits) -> Ask:
     fields.choice("size", "auto", (f"{limits.side}x{limits.side}", "auto"))
     fields.choice("response_format", "b64_json", ("b64_json",))
     fields.choice("output_format", "png", ("png",))
-    params = read_params(fields)
+    params = read_params(fields, temperature=1.0)
     text = Text(text=prompt, role=Role.USER)
     request = Request(parts=(text,), want="image", params=params, height=limits.side, width=limits.side)
     return Ask(requests=_repeated(request, fields.integer("n", 1, 1, MAX_N)), seed=params.seed)
@@ -116,12 +116,12 @@ def read_next(body: dict[str, Any], model: str, limits: Limits) -> Ask:
     return Ask(requests=(request,), seed=params.seed)
 
 
-def read_params(fields: Fields) -> SamplingParams:
-    """Greedy unless a temperature is given. Without a seed one is drawn, and the response tells it."""
+def read_params(fields: Fields, temperature: float = 0.0) -> SamplingParams:
+    """Words are greedy and drawings sampled unless a temperature is given. Without a seed one is drawn and told."""
     longest = fields.integer("max_tokens", 128, 1, MAX_TOKENS)
     return SamplingParams(
         max_tokens=fields.integer("max_completion_tokens", longest, 1, MAX_TOKENS),
-        temperature=fields.number("temperature", 0.0, 0.0, 2.0),
+        temperature=fields.number("temperature", temperature, 0.0, 2.0),
         top_p=fields.number("top_p", 1.0, 1e-6, 1.0),
         top_k=fields.integer("top_k", 0, 0, 1 << 20),
         seed=fields.integer("seed", secrets.randbelow(MAX_SEED - MAX_N), 0, MAX_SEED),
