@@ -32,6 +32,7 @@ SMALL = {
     "train.save_every": "30",
     "train.log_every": "1",
     "train.dtype": "float32",
+    "train.compile": "false",
     "train.threads": "1",
     "train.device": "cpu",
 }

@@ -62,16 +62,13 @@ class Place:
 
 
 def demo(args: argparse.Namespace) -> int:
-    """Run all stages of a small recipe, ask the result a question over HTTP, and show where the page is."""
-    from litchi.eval.board import show as show_board
-
+    """Run all stages of a small recipe, ask the result a question over HTTP, and show its board and its page."""
     run, place = begin(args)
     make_data(run, place)
     checkpoint = make_checkpoint(run, place)
-    scores = make_board(run, checkpoint, place)
     with listening(run, checkpoint) as address:
         ask_something(address, run)
-        show_board(scores)
+        make_board(run, checkpoint, place)
         print(f"The page: {address}")
         if sys.stdout.isatty():
             print("Open it in a browser; Ctrl-C ends.")
