@@ -82,9 +82,9 @@ def test_every_digit_is_shown_within_its_steps_and_stays(n: int, c: int, steps: 
     value = torch.full((n, c), MASK)
     for step in range(steps):
         shown = value != MASK
-        after = reveal(
-            value, 3 * torch.randn(n, c, 5, generator=rng), steps_left=steps - step, temperature=heat, generator=rng
-        )
+        scores_NCL = 3 * torch.randn(n, c, 5, generator=rng)
+        params = SamplingParams(temperature=heat)
+        after = reveal(value, scores_NCL, steps_left=steps - step, params=params, generator=rng)
         assert torch.equal(after[shown], value[shown]), "a shown digit never changes"
         assert bool((after[after != MASK] % 1 == 0).all()) and float(after.max()) < 5
         value = after
@@ -101,17 +101,27 @@ def test_certain_digits_come_first_and_as_what_they_are(seed: int, heat: float) 
         scores_NCL[i // 4, i % 4, i % 5] = 20.0
     assert bool((scores_NCL.softmax(-1).amax(-1).flatten()[certain] >= CERTAIN).all())
     hidden = torch.full((3, 4), MASK)
-    shown = reveal(hidden, scores_NCL, steps_left=4, temperature=heat, generator=generator(seed)).flatten()
+    params = SamplingParams(temperature=heat)
+    shown = reveal(hidden, scores_NCL, steps_left=4, params=params, generator=generator(seed)).flatten()
     assert [int(shown[i]) for i in certain] == [i % 5 for i in certain]
     assert int((shown != MASK).sum()) == len(certain) + math.ceil((12 - len(certain)) / 4)
+
+
+def test_digits_outside_the_nucleus_are_never_shown() -> None:
+    scores_NCL = torch.tensor([0.6, 0.3, 0.1]).log().expand(4, 4, 3)
+    params = SamplingParams(temperature=1.0, top_p=0.85)
+    drawn = [
+        reveal(torch.full((4, 4), MASK), scores_NCL, steps_left=1, params=params, generator=generator(seed))
+        for seed in range(20)
+    ]
+    assert set(torch.stack(drawn).flatten().tolist()) == {0.0, 1.0}
 
 
 def test_what_is_shown_by_chance_is_anywhere() -> None:
     found = set()
     for seed in range(40):
-        shown = reveal(
-            torch.full((2, 2), MASK), torch.zeros(2, 2, 3), steps_left=4, temperature=0.0, generator=generator(seed)
-        )
+        hidden, level = torch.full((2, 2), MASK), torch.zeros(2, 2, 3)
+        shown = reveal(hidden, level, steps_left=4, params=SamplingParams(), generator=generator(seed))
         found.add(int((shown != MASK).flatten().nonzero()[0, 0]))
     assert found == {0, 1, 2, 3}
 

@@ -171,7 +171,7 @@ class Generator:
                 for step in range(steps):
                     time = float((value != MASK).float().mean())
                     scores = self.model.clean(self.read_span(state, modality, value, time, places), modality)
-                    rest = {"temperature": request.params.temperature, "generator": state.generator}
+                    rest = {"params": request.params, "generator": state.generator}
                     value = reveal(value, scores, steps_left=steps - step, **rest)
                     if not bool((value == MASK).any()):
                         break

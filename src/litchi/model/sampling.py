@@ -25,13 +25,13 @@ def sample_token(scores_V: Float[Tensor, "V"], params: SamplingParams, generator
     return index, float(logprob_V[index])
 
 
-def truncate(logprob_V: Float[Tensor, "V"], params: SamplingParams) -> Float[Tensor, "V"]:
+def truncate(logprob: Float[Tensor, "... V"], params: SamplingParams) -> Float[Tensor, "... V"]:
     """Probabilities with all but the `top_k` best and the `top_p` mass set to 0 (Holtzman et al. 2020)."""
-    best, order = logprob_V.softmax(-1).sort(descending=True, stable=True)
+    best, order = logprob.softmax(-1).sort(descending=True, stable=True)
     keep = best.cumsum(-1) - best < params.top_p
     if params.top_k:
-        keep &= torch.arange(len(best)) < params.top_k
-    return torch.zeros_like(best).scatter(0, order, best * keep)
+        keep &= torch.arange(best.shape[-1]) < params.top_k
+    return torch.zeros_like(best).scatter(-1, order, best * keep)
 
 
 def reveal(
@@ -39,7 +39,7 @@ def reveal(
     scores_NCL: Float[Tensor, "N C L"],
     *,
     steps_left: int,
-    temperature: float,
+    params: SamplingParams,
     generator: torch.Generator,
 ) -> Float[Tensor, "N C"]:
     """Show some of the hidden digits: all that are certain, and in random order enough to finish in `steps_left`.
@@ -49,9 +49,9 @@ def reveal(
     hidden = value_NC == MASK
     highest, guess = scores_NCL.float().softmax(-1).max(-1)
     certain = highest >= CERTAIN
-    if temperature > 0:
-        tempered = (scores_NCL.float() / temperature).softmax(-1)
-        sampled = torch.multinomial(tempered.flatten(0, 1), 1, generator=generator).view(hidden.shape)
+    if params.temperature > 0:
+        tempered_NCL = truncate(scores_NCL.float() / params.temperature, params)
+        sampled = torch.multinomial(tempered_NCL.flatten(0, 1), 1, generator=generator).view(hidden.shape)
         guess = torch.where(certain, guess, sampled)
     order = (
         torch.rand(hidden.shape, generator=generator).masked_fill(~hidden, math.inf).masked_fill(certain & hidden, -1)
