@@ -63,7 +63,7 @@ def run() -> Run:
             modalities={Modality.IMAGE: Mask(CODEC.digits, CODEC.codes)},
         ),
         train=TrainConfig(
-            num_steps=9_600,
+            num_steps=8_400,
             batches=BatchConfig(rows=14, row=224, emphasis=EMPHASIS),
             optimizer=OptimizerConfig(lr=1.2e-3, matrix_lr=1.8e-3),
             schedule=Trapezoid(warmup=100, decay=0.75),
@@ -95,7 +95,12 @@ def demo() -> Run:
             test={"talk": 64, "describe": 128, "draw": 128, "watch": 128, "foresee": 32},
         ),
         train=replace(
-            whole.train, num_steps=700, compile=False, save_every=50, schedule=Trapezoid(warmup=40, decay=0.5)
+            whole.train,
+            num_steps=900,
+            batches=BatchConfig(rows=9, row=224, emphasis=EMPHASIS),
+            compile=False,
+            save_every=50,
+            schedule=Trapezoid(warmup=50, decay=0.5),
         ),
         eval=EvalConfig(talk=32, describe=64, draw=128, foresee=16, watch=64, act=128, free_dialogues=0),
         serve=ServeConfig(model="demo"),
