@@ -1,4 +1,4 @@
-"""How many tokens a second the tiny model trains on: by rows in bf16, in fp32, and under the oracle's dense mask."""
+"""How many tokens a second the tiny model trains on, compiled, beside plain bf16, fp32, and the oracle's dense mask."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from litchi.schema.sequence import Batch
 from litchi.train.batches import Batches
 from litchi.train.fit import fit_processor
 from litchi.train.optimizer import build_optimizers
-from litchi.train.run import tame_memory
+from litchi.train.run import fuse, tame_memory
 from litchi.train.step import train_step
 from recipes.tiny import run
 
@@ -34,25 +34,17 @@ def main() -> None:
     processor = fit_processor(recipe.fit, map(sample, range(600)), seed=0)
     batches = Batches(sample, processor, recipe.train.batches, 0)
     group = [next(batches) for _ in range(STEPS + 1)]
-    model = Model(replace(recipe.model, vocab_size=len(processor.tokenizer)))
-    fast = pace(model, group, torch.bfloat16)
-    append(
-        "train_step",
-        "tokens trained, bf16 by rows",
-        fast,
-        "tokens/s",
-        peer="fp32 by rows",
-        peer_figure=pace(model, group, torch.float32),
-    )
-    dense = [replace(batch, row=0) for batch in group]
-    append(
-        "train_step",
-        "tokens trained, bf16 by rows",
-        fast,
-        "tokens/s",
-        peer="bf16, dense mask",
-        peer_figure=pace(model, dense, torch.bfloat16),
-    )
+    config = replace(recipe.model, vocab_size=len(processor.tokenizer))
+    plain, compiled = Model(config), Model(config)
+    fuse(compiled)
+    ours = pace(compiled, group, torch.bfloat16)
+    peers = {
+        "bf16 by rows, not compiled": pace(plain, group, torch.bfloat16),
+        "fp32 by rows, not compiled": pace(plain, group, torch.float32),
+        "bf16 under a dense mask": pace(plain, [replace(batch, row=0) for batch in group], torch.bfloat16),
+    }
+    for peer, figure in peers.items():
+        append("train_step", "tokens trained, bf16 by rows, compiled", ours, "tokens/s", peer=peer, peer_figure=figure)
 
 
 def pace(model: Model, group: list[Batch], dtype: torch.dtype) -> float:

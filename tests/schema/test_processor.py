@@ -16,7 +16,7 @@ from litchi.schema.processor import Builder, Continuous, Noising, Processor, act
 from litchi.schema.sample import Action, Image, Role, Sample, Text
 from litchi.schema.sequence import COLUMNS, Modality, TokenSequence
 from litchi.schema.tokenizer import END, PATCH, PICTURE
-from tests.laws.documents import processor, samples
+from tests.laws.documents import part, processor, samples
 
 laws = settings(max_examples=40, deadline=None, derandomize=True)
 P = processor()
@@ -152,6 +152,21 @@ def test_the_share_of_blank_copies_is_what_the_noising_says(blank: float, seed: 
     assert all(0 <= t < 1 for t in times)
     # five standard deviations of a share of 400 draws
     assert times.count(0.0) / 400 == pytest.approx(blank, abs=5 * (blank * (1 - blank) / 400) ** 0.5 + 1e-9)
+
+
+@pytest.mark.parametrize("late", [0.0, 0.5, 1.0])
+def test_a_picture_weighs_more_the_less_of_it_is_hidden(late: float) -> None:
+    """With late=1 the expected weight of a picture, hidden share times weight, is the same at every time."""
+    keen = Processor(P.tokenizer, P.codec, P.spaces, Noising(blank_pictures=0.0, late=late))
+    picture = Sample((part("draw", np.random.default_rng(0)),), key="picture", source="test")
+    asked = float(picture.parts[0].weight)
+    for seed in range(20):
+        drawn = keen.encode(picture, np.random.default_rng(seed)).vectors[Modality.IMAGE]
+        noised = drawn.weight > 0
+        time = float(drawn.time[noised][0])
+        if time < 0.95:
+            assert drawn.weight[noised].tolist() == pytest.approx([asked / (1 - time) ** late] * int(noised.sum()))
+        assert float(drawn.weight.max()) <= asked * 20**late * (1 + 1e-6)
 
 
 @laws

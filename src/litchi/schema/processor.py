@@ -136,6 +136,16 @@ class Noising:
     blank_frames: float = 0.9
     blank_pictures: float = 0.1
     blank_actions: float = 0.0
+    late: float = 0.0
+    """How much more a digit of a picture weighs the fewer are hidden: the weight is divided by (1 - t) ** late.
+
+    0 counts all hidden digits alike, so that an almost finished picture counts little; 1 counts all pictures alike, so
+    that the last steps of drawing are learned as well as the first (the bound of MDLM, Sahoo et al. 2024).
+    """
+
+    def weight(self, time: float) -> float:
+        """The factor of a digit's loss at a time; bounded, since a few digits that weigh very much are noise."""
+        return max(1 - time, 0.05) ** -self.late
 
 
 class Processor:
@@ -211,7 +221,8 @@ class Processor:
         blank = self.noising.blank_pictures if role is Role.ASSISTANT else self.noising.blank_frames
         builder.token(self.tokenizer.picture, weight if role is Role.ASSISTANT else 0.0)
         places = grid_places(pixels.shape[0] // codec.patch, pixels.shape[1] // codec.patch)
-        self.copies(builder, modality, rows, weight, draw_time(rng, blank), places, followed=followed)
+        time = draw_time(rng, blank)
+        self.copies(builder, modality, rows, weight * self.noising.weight(time), time, places, followed=followed)
 
     def codec_for(self, *, frame: bool, shown: bool = False) -> tuple[Modality, Codec | None]:
         """How a picture is coded: a frame of a world, one that a user shows, or any other in a conversation."""
