@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 from PIL import Image as Pillow
 
+from litchi.schema.request import DRAWING
+
 openai = pytest.importorskip("openai")
 
 
@@ -239,7 +241,7 @@ def test_words_are_greedy_and_drawings_sampled_unless_told(serve, painter):
         httpx.post(f"{served.url}/v1/chat/completions", json={"messages": [user("hi")]})
         for more in ({}, {"temperature": 0.5}):
             httpx.post(f"{served.url}/v1/images/generations", json={"prompt": "a red room", **more})
-    assert [request.params.temperature for request in behind.requests] == [0.0, 1.0, 0.5]
+    assert [request.params.temperature for request in behind.requests] == [0.0, DRAWING.temperature, 0.5]
 
 
 BAD_DRAWINGS = [{}, {"prompt": 3}, {"prompt": "x", "size": "1024x1024"}, {"prompt": "x", "n": 0}]

@@ -18,7 +18,7 @@ from litchi.model.network import Flow, Mask, Model
 from litchi.model.sampling import euler, reveal, sample_token
 from litchi.schema.arrays import MASK
 from litchi.schema.processor import Builder, Continuous, Discrete, Processor, grid_places
-from litchi.schema.request import Completion, Delta, Request
+from litchi.schema.request import DRAWING, Completion, Delta, Request, SamplingParams
 from litchi.schema.sample import Action, Image, Role
 from litchi.schema.sequence import Modality, pack, window
 
@@ -106,7 +106,7 @@ class Generator:
                 return
             state.builder.token(index)
             if index == tokenizer.picture:
-                picture = self.draw(state, request, Role.ASSISTANT)
+                picture = self.draw(state, replace(request, params=drawing(params)), Role.ASSISTANT)
                 yield Delta(part=picture, tokens=(index,), logprobs=logprobs, finish="stop")
                 return
             ids.append(index)
@@ -208,6 +208,11 @@ class Generator:
         new = window(sequence, state.read, len(sequence))
         state.read = len(sequence)
         return self.model(pack([new]), state.cache)
+
+
+def drawing(params: SamplingParams) -> SamplingParams:
+    """How a picture within a conversation is drawn: greedy words do not mean a greedy picture."""
+    return params if params.temperature > 0 else replace(DRAWING, seed=params.seed, steps=params.steps)
 
 
 def held(text: str, stops: tuple[str, ...]) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from litchi.config import BadInput
-from litchi.schema.request import Request, SamplingParams
+from litchi.schema.request import DRAWING, Request, SamplingParams
 from litchi.schema.sample import Action, Image, Part, Role, Text
 from litchi.serve.fields import Fields, show
 from litchi.serve.limits import Limits, decode_picture
@@ -59,6 +59,9 @@ class Ask:
     """What was done to the input, in words."""
 
 
+GREEDY = SamplingParams()
+
+
 def read_chat(body: dict[str, Any], model: str, limits: Limits) -> Ask:
     """A body of POST /v1/chat/completions. Raises BadInput, UnknownModel."""
     fields = Fields(body)
@@ -94,7 +97,7 @@ def read_drawing(body: dict[str, Any], model: str, limits: Limits) -> Ask:
     fields.choice("size", "auto", (f"{limits.side}x{limits.side}", "auto"))
     fields.choice("response_format", "b64_json", ("b64_json",))
     fields.choice("output_format", "png", ("png",))
-    params = read_params(fields, temperature=1.0)
+    params = read_params(fields, DRAWING)
     text = Text(text=prompt, role=Role.USER)
     request = Request(parts=(text,), want="image", params=params, height=limits.side, width=limits.side)
     return Ask(requests=_repeated(request, fields.integer("n", 1, 1, MAX_N)), seed=params.seed)
@@ -116,13 +119,13 @@ def read_next(body: dict[str, Any], model: str, limits: Limits) -> Ask:
     return Ask(requests=(request,), seed=params.seed)
 
 
-def read_params(fields: Fields, temperature: float = 0.0) -> SamplingParams:
+def read_params(fields: Fields, usual: SamplingParams = GREEDY) -> SamplingParams:
     """Words are greedy and drawings sampled unless a temperature is given. Without a seed one is drawn and told."""
     longest = fields.integer("max_tokens", 128, 1, MAX_TOKENS)
     return SamplingParams(
         max_tokens=fields.integer("max_completion_tokens", longest, 1, MAX_TOKENS),
-        temperature=fields.number("temperature", temperature, 0.0, 2.0),
-        top_p=fields.number("top_p", 1.0, 1e-6, 1.0),
+        temperature=fields.number("temperature", usual.temperature, 0.0, 2.0),
+        top_p=fields.number("top_p", usual.top_p, 1e-6, 1.0),
         top_k=fields.integer("top_k", 0, 0, 1 << 20),
         seed=fields.integer("seed", secrets.randbelow(MAX_SEED - MAX_N), 0, MAX_SEED),
         steps=fields.integer("steps", 0, 0, 256),

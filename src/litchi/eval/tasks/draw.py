@@ -12,11 +12,8 @@ from itertools import takewhile
 from litchi.envs.scene import read, satisfies
 from litchi.eval.item import Figure, Headline, Item, Json, Task
 from litchi.eval.receipt import drawn, picture_pixels, picture_text, question, shown
-from litchi.schema.request import Request, SamplingParams
+from litchi.schema.request import DRAWING, Request
 from litchi.schema.sample import Image, Role, Sample
-
-PARAMS = SamplingParams(temperature=1.0)
-"""Sampled: the likeliest tile at any one place is a bare floor, so that greedy rooms are empty."""
 
 LAYOUT = "layout"
 """The category that gives every place; it is harder and easier in other ways than GenEval's, so it is told apart."""
@@ -46,7 +43,7 @@ def draw(samples: Sequence[Sample]) -> Task:
         category, wanted = sample.meta["category"], sample.meta["wanted"]
         truth = {"wanted": wanted, "picture": picture_text(true.pixels), "other": others[sample.key]}
         height, width = true.pixels.shape[:2]
-        request = Request(parts=asked, want="image", params=PARAMS, height=height, width=width)
+        request = Request(parts=asked, want="image", params=DRAWING, height=height, width=width)
         yield question(sample, request, truth, drawn, part=LAYOUT if category == LAYOUT else "", kind=category)
 
     return Task("draw", samples, prompt, score, HEADLINE, DETAILS)
