@@ -11,6 +11,9 @@ from litchi.eval.board import Board
 
 ROOT = Path(__file__).resolve().parents[1]
 
+MORE = ("changed tiles right", "drift: exact up to step 20", "layout")
+"""Figures beside the headlines that a bar or the log names."""
+
 
 def main() -> None:
     folder = ROOT / "checkpoints" / "tiny"
@@ -24,6 +27,9 @@ def main() -> None:
             peer=row.baseline.name,
             peer_figure=row.baseline.value,
         )
+        for detail in row.details:
+            if detail.name in MORE:
+                append("tiny", f"{row.ability}: {detail.name}", detail.value, "share")
     meta = json.loads((folder / "meta.json").read_text())
     append("tiny", "training time", meta["seconds"] / 60, "minutes", peer="bound", peer_figure=100.0)
 

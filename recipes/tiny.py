@@ -1,8 +1,8 @@
 """One small checkpoint that sees, talks, draws, foresees, watches and acts, trained from nothing on two cores.
 
-litchi demo recipes.tiny:demo     2 cores, about 12 minutes, all stages small
+litchi demo recipes.tiny:demo     2 cores, about 13 minutes, all stages small
 litchi data recipes.tiny          2 cores, 3 minutes
-litchi train recipes.tiny         2 cores and a C++ compiler, or --set train.compile=false, which is slower
+litchi train recipes.tiny         2 cores, about 80 minutes; needs a C++ compiler, or --set train.compile=false
 litchi eval recipes.tiny          2 cores
 
 The rooms are BabyAI's, rendered by MiniGrid at 64x64 pixels. A picture is 16 tokens of 4 tiles; the codec

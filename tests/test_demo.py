@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -53,15 +54,19 @@ def demo(folder: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_the_demo_ends_with_six_abilities_and_an_address_and_goes_on_after_a_kill(tmp_path: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(demo(tmp_path), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as first:
         assert first.stdout is not None
         next(line for line in first.stdout if line.startswith(b"supervised"))  # training begins
         first.kill()
+    assert first.returncode == -signal.SIGKILL, "it ended before it could be killed"
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*.parquet")}
 
     again = subprocess.run(demo(tmp_path), env=environment, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stderr
     said = again.stdout
+    assert made and all(path.stat().st_mtime_ns == then for path, then in made.items()), "shards were made again"
+    assert "codec:" not in said, "the processor was fitted again"
     assert said.count("Asked over HTTP") == 1
     for ability in ("talk", "describe", "draw", "foresee", "watch", "act"):
         assert len(re.findall(rf"^\W*{ability}\b.*\d\.\d\d\d to \d\.\d\d\d", said, re.M)) == 1, ability

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from litchi.config import BadInput
-from litchi.model.generate import Generator, held
-from litchi.schema.request import Request, SamplingParams
+from litchi.model.generate import Generator, drawing, held
+from litchi.schema.request import DRAWING, Request, SamplingParams
 from litchi.schema.sample import Action, Image, Role, Text
 from tests.laws.documents import model, processor
 
@@ -104,3 +106,9 @@ def test_a_picture_of_the_wrong_size_is_refused_with_the_mend() -> None:
     generator = pair(flow=False)[0]
     with pytest.raises(BadInput, match="multiples of 8"):
         generator.complete(Request(parts=(HELLO,), want="image", height=9, width=16))
+
+
+def test_greedy_words_do_not_make_a_greedy_picture() -> None:
+    greedy, warm = SamplingParams(seed=5, steps=3), SamplingParams(temperature=0.5, top_p=0.7)
+    assert drawing(greedy) == replace(DRAWING, seed=5, steps=3)
+    assert drawing(warm) is warm

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from litchi.schema.tokenizer import Tokenizer
 
+laws = settings(max_examples=60, deadline=None, derandomize=True)
 COLOURS = ("red", "green", "blue", "grey")
 ANSWERS = [
     f"There is a {colour} {kind} at row {row}, column {column}."
@@ -53,11 +54,13 @@ def test_fewer_phrases_are_made_when_nothing_more_is_fixed() -> None:
     assert len(few) == len(many)
 
 
+@laws
 @given(st.text(max_size=60))
 def test_any_text_comes_back(phrased: Tokenizer, text: str) -> None:
     assert phrased.decode(phrased.encode(text)) == text
 
 
+@laws
 @given(st.sampled_from(["<|end|>", "<|user|>", "<|image|>", "There is a<|end|>"]))
 def test_a_typed_control_token_stays_text(phrased: Tokenizer, text: str) -> None:
     assert phrased.end not in phrased.encode(text)

@@ -171,8 +171,8 @@ class Generator:
                 for step in range(steps):
                     time = float((value != MASK).float().mean())
                     scores = self.model.clean(self.read_span(state, modality, value, time, places), modality)
-                    rest = {"params": request.params, "generator": state.generator}
-                    value = reveal(value, scores, steps_left=steps - step, **rest)
+                    left, params = steps - step, request.params
+                    value = reveal(value, scores, steps_left=left, params=params, generator=state.generator)
                     if not bool((value == MASK).any()):
                         break
                 return value

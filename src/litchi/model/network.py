@@ -32,8 +32,8 @@ class Mask:
     digits: int
     levels: int
     width: int = 64
-    """Of the embedding of a level. All digits share one table, and each digit has a map of its own into the trunk, so
-    that what is learned about a tile in one place holds in all."""
+    """Of the embedding of a level. All digits share one table, so that what is learned about a tile in one place holds
+    in all. It reaches the trunk through a map for each digit, which tells places apart, and one map that all share."""
 
 
 @dataclass(frozen=True, slots=True)

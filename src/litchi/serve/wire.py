@@ -20,6 +20,9 @@ MAX_TOKENS = 1024
 MAX_STOPS = 4
 MAX_SEED = 2**31 - 1
 
+GREEDY = SamplingParams()
+"""How words are sampled unless told otherwise."""
+
 SAMPLING = ("max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "seed", "steps", "stop")
 # Said by OpenAI clients, without any bearing on what a small model answers.
 HARMLESS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
@@ -57,9 +60,6 @@ class Ask:
     """Whether choices carry the sampled ids."""
     notes: tuple[str, ...] = ()
     """What was done to the input, in words."""
-
-
-GREEDY = SamplingParams()
 
 
 def read_chat(body: dict[str, Any], model: str, limits: Limits) -> Ask:
