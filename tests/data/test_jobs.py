@@ -12,10 +12,12 @@ from litchi.data.questions import question_only_baseline
 from litchi.data.ticket import Ticket
 from litchi.envs.minigrid import HELD_OUT, SPACE, Room
 from litchi.envs.scene import Scene, Thing, read, satisfies
+from litchi.eval.tasks.talk import concluded
 from litchi.schema.sample import Action, Image, Role, Sample, Text, Video
 from tests.data.truths import answer
 
 NUM_TALKS = 700
+TOLD = r"(the [a-z ]+) is at row (\d), column (\d)(?:, (\d) \+ (\d) = (\d+) steps)?"
 
 
 def samples(source: str, number: int, split="train") -> list[Sample]:
@@ -48,7 +50,31 @@ def test_a_dialogue_is_a_picture_and_turns_of_which_answers_are_learned(talks: l
         assert 5 <= len(turns) // 2 <= 7
         for question, reply, truth in zip(turns[::2], turns[1::2], sample.meta["turns"], strict=True):
             assert question == Text(text=truth["question"], role=Role.USER)
-            assert reply == Text(text=truth["answer"], role=Role.ASSISTANT, weight=1.0)
+            assert (reply.role, reply.weight) == (Role.ASSISTANT, 1.0) and concluded(reply.text) == truth["answer"]
+
+
+def test_replies_that_compare_think_aloud_and_think_right(talks: list[Sample]):
+    """Every place and every number of steps in a reply is true, and of the things that were asked about."""
+    seen = 0
+    for sample in talks:
+        scene = scene_of(sample)
+        cells = {f"the {t.name}": (t.row, t.column) for t in scene.things} | {"the agent": scene.agent[:2]}
+        for part, turn in zip(sample.parts[2::2], sample.meta["turns"], strict=True):
+            if part.text == turn["answer"]:
+                continue
+            told = re.findall(
+                r"(the [a-z ]+) is at row (\d), column (\d)(?:, (\d) \+ (\d) = (\d+) steps)?", part.text.lower()
+            )
+            things = re.findall(r"the \w+ (?:ball|key|box)", turn["question"].lower())
+            assert [name for name, *_ in told if name != "the agent"] == things
+            for name, row, column, *sums in told:
+                assert cells[name] == (int(row), int(column))
+                if sums[0]:
+                    rows, columns, total = map(int, sums)
+                    assert (rows, columns) == tuple(abs(a - b) for a, b in zip(cells[name], scene.agent, strict=False))
+                    assert total == rows + columns
+            seen += 1
+    assert seen > NUM_TALKS / 2
 
 
 def test_a_question_says_little_about_its_answer(talks: list[Sample]):
@@ -103,6 +129,12 @@ def test_drawings_grant_their_wish_and_no_other_wish():
     assert min(categories.values()) > 20
 
 
+def test_a_plan_tells_the_picture_that_follows():
+    for sample in samples("draw", 50):
+        plan, picture = sample.parts[1:]
+        assert plan == Text(text=caption(read(picture.pixels)), role=Role.ASSISTANT, weight=1.0)
+
+
 def test_drawn_positions_follow_the_words():
     """Rows and columns of a layout, and the direction of a relation, are read back out of the prompt."""
     for sample in samples("draw", 300):
@@ -138,7 +170,7 @@ def test_what_is_learned_of_each_source():
         "foresee": {("Image", 0.0), ("Image", 1.0), ("Action", 0.0)},
         "play": {("Text", 0.0), ("Image", 0.0), ("Image", 1.0), ("Action", 1.0)},
         "act": {("Text", 0.0), ("Image", 0.0), ("Action", 1.0)},
-        "draw": {("Text", 0.0), ("Image", 1.0)},
+        "draw": {("Text", 0.0), ("Text", 1.0), ("Image", 1.0)},
         "watch": {("Video", 0.0), ("Text", 0.0), ("Text", 1.0)},
     }
 

@@ -62,6 +62,8 @@ class Oracle(Quiet):
             assert isinstance(frame, Image) and isinstance(action, Action)
             return completion(Image(pixels=self.next_frame(frame.pixels, int(action.values[0, 0]))))
         answer = self.answers[meaning(request.parts)]
+        if request.want == "image" and isinstance(answer, Text):
+            answer = self.answers[meaning((*request.parts, answer))]
         return completion(text=answer.text) if isinstance(answer, Text) else completion(answer)
 
     def next_frame(self, pixels: np.ndarray, action: int) -> np.ndarray:

@@ -19,7 +19,7 @@ from litchi.eval.tasks.describe import claims, describe, facts_of
 from litchi.eval.tasks.describe import score as score_caption
 from litchi.eval.tasks.draw import draw
 from litchi.eval.tasks.foresee import foresee
-from litchi.eval.tasks.talk import Majority, talk
+from litchi.eval.tasks.talk import Majority, concluded, talk
 from litchi.eval.tasks.watch import score as score_film
 from litchi.eval.tasks.watch import watch
 from litchi.schema.episode import Episode
@@ -99,9 +99,22 @@ def test_talk_counts_questions_and_asks_after_the_true_history() -> None:
     task = talk(found, free_dialogues=0)
     rows = asked(task, Listener())
     assert headline(task, rows)[0].n == sum(len(sample.meta["turns"]) for sample in found)
-    turns = found[0].meta["turns"]
-    said = [part.text for part in heard[len(turns) - 1].parts if isinstance(part, Text)]
-    assert said == [text for turn in turns for text in (turn["question"], turn["answer"])][:-1]
+    said = heard[len(found[0].meta["turns"]) - 1].parts
+    assert [p.text for p in said[1:]] == [p.text for p in found[0].parts[1:-1]]
+
+
+@pytest.mark.parametrize(
+    ("reply", "comes_to"),
+    [
+        ("A red ball.", "a red ball"),
+        ("The red ball is at row 1, column 2. The key is at row 3, column 2. So no.", "no"),
+        ("So it seems", "so it seems"),
+        ("Row 1. So yes. So no", "no"),
+        ("", ""),
+    ],
+)
+def test_what_counts_of_a_reply_is_what_it_comes_to(reply: str, comes_to: str) -> None:
+    assert concluded(reply) == comes_to
 
 
 def test_free_running_talk_goes_on_from_what_was_said() -> None:

@@ -44,6 +44,16 @@ def test_cached_denoising_is_the_oracles(flow: bool, want: str, parts: tuple) ->
     assert np.abs(a - b).max() <= 1  # a value may round to the next grey level
 
 
+@pytest.mark.parametrize("max_tokens", [0, 1, 7])
+def test_a_wanted_picture_follows_at_most_so_many_words(max_tokens: int) -> None:
+    """An untrained model would talk on or fall silent; the plan of the oracle and of the cache is the same."""
+    params = SamplingParams(temperature=1.0, max_tokens=max_tokens, steps=2)
+    request = Request(parts=(HELLO,), want="image", params=params, height=8, width=16)
+    fast, slow = (g.complete(request) for g in pair(flow=False))
+    assert fast.tokens == slow.tokens and len(fast.tokens) <= max_tokens and bool(fast.text) <= bool(fast.tokens)
+    assert len(fast.parts) == 1 and np.array_equal(fast.parts[0].pixels, slow.parts[0].pixels)
+
+
 def test_cached_action_chunks_are_the_oracles() -> None:
     """Continuous actions: flow decoding of a chunk against the cache equals flow decoding against everything."""
     fast, slow = pair(flow=True)

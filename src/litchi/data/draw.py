@@ -1,4 +1,8 @@
-"""Requests to draw a room and a picture that grants them: GenEval's six categories, and exact layouts."""
+"""Requests to draw a room, a plan and a picture that grants them: GenEval's six categories, and exact layouts.
+
+The plan says in the words of a caption where everything will stand. A picture is drawn digit by digit, in any order;
+what must fit together (how many, which side, whose colour) is settled before in words, one after another.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from litchi.data.describe import caption
 from litchi.data.ticket import Ticket
 from litchi.data.words import NUMBERS, PLURALS, a, listing, pick, place
 from litchi.envs.scene import Scene, Thing, random_scene, render, satisfies
@@ -32,12 +37,13 @@ Name = tuple[str | None, str]
 
 
 def draw(ticket: Ticket) -> Sample:
-    """Request, picture; the picture is learned. `meta` holds the category and what `satisfies` checks."""
+    """Request, plan, picture; plan and picture are learned. `meta` holds the category and what `satisfies` checks."""
     rng = ticket.rng
     category = "layout" if rng.random() < LAYOUTS else pick(rng, tuple(CATEGORIES))
     words, wanted, scene = draw_pair(ticket, layout if category == "layout" else CATEGORIES[category], rng)
     parts = (
         Text(text=pick(rng, FORMS).format(words), role=Role.USER),
+        Text(text=caption(scene), role=Role.ASSISTANT, weight=1.0),
         Image(pixels=render(scene), role=Role.ASSISTANT, weight=1.0),
     )
     return Sample(parts, ticket.key, ticket.source, {"category": category, "wanted": wanted})

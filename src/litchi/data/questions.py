@@ -181,6 +181,34 @@ def follow_up(last: Question, new: Question) -> str | None:
     return None
 
 
+# ---- how it is answered ----
+
+THINKS = ("relation", "nearest")
+"""Kinds whose answer compares two things: it says first where they are, and then what follows."""
+
+
+def reply(question: Question, scene: Scene) -> str:
+    """The answer as it is given. Where two things are compared, the last sentence is the answer: "So yes."."""
+    match question.kind, question.topic:
+        case "relation", (x, _, y):
+            return f"{stands(x)}. {stands(y)}. So {question.answer}."
+        case "nearest", (x, y):
+            row, column, _ = scene.agent
+            agent = f"The agent is at {place(row, column)}."
+            return f"{agent} {stands(x)}, {steps(x, scene)}. {stands(y)}, {steps(y, scene)}. So {question.answer}."
+    return question.answer
+
+
+def stands(thing: Thing) -> str:
+    return f"The {thing.name} is at {place(thing.row, thing.column)}"
+
+
+def steps(thing: Thing, scene: Scene) -> str:
+    """How far a thing is from the agent, rows and then columns: "1 + 2 = 3 steps away"."""
+    rows, columns = abs(thing.row - scene.agent[0]), abs(thing.column - scene.agent[1])
+    return f"{rows} + {columns} = {rows + columns} steps away"
+
+
 # ---- which is asked ----
 
 FOLLOW_UPS = 0.3

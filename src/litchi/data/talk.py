@@ -6,13 +6,16 @@ from functools import cache
 
 import numpy as np
 
-from litchi.data.questions import FOLLOW_UPS, Question, book, choose, choose_follow_up, phrase
+from litchi.data.questions import FOLLOW_UPS, THINKS, Question, book, choose, choose_follow_up, phrase, reply
 from litchi.data.ticket import Ticket
 from litchi.data.words import pick
 from litchi.envs.minigrid import Room
 from litchi.envs.scene import INSIDE, STEPS, Scene, Thing, random_scene, render
 from litchi.envs.tiles import COLOURS, DIRECTIONS, KINDS
 from litchi.schema.sample import Image, Part, Role, Sample, Text
+
+MOST_THOUGHTS = 2
+"""Replies that think aloud in a dialogue of the training split: they are long, and a dialogue must fit into a row."""
 
 REAL = 1 / 3
 """The share of pictures that are untouched resets of a real level; the others are arranged to give rare answers."""
@@ -24,16 +27,26 @@ def simulator() -> Room:
 
 
 def talk(ticket: Ticket) -> Sample:
-    """Picture, question, answer, question, answer, ...; the answers are learned."""
+    """Picture, question, reply, question, reply, ...; the replies are learned. `meta` holds what they must come to."""
     rng = ticket.rng
     real = rng.random() < REAL
     scene = ticket.real_scene(simulator(), rng) if real else ticket.scene(arranged, rng)
     parts: list[Part] = [Image(pixels=render(scene), role=Role.USER)]
     turns = []
-    for question, words, kind in dialogue(scene, rng):
-        parts += [Text(text=words, role=Role.USER), Text(text=question.answer, role=Role.ASSISTANT, weight=1.0)]
+    for question, words, kind in fitting(ticket, scene, rng):
+        parts.append(Text(text=words, role=Role.USER))
+        parts.append(Text(text=reply(question, scene), role=Role.ASSISTANT, weight=1.0))
         turns.append({"kind": kind, "question": words, "answer": question.answer})
     return Sample(tuple(parts), ticket.key, ticket.source, {"turns": turns, "real": real})
+
+
+def fitting(ticket: Ticket, scene: Scene, rng: np.random.Generator) -> list[tuple[Question, str, str]]:
+    """A dialogue, for training one that thinks aloud no more often than a row of tokens can hold."""
+    while True:
+        turns = dialogue(scene, rng)
+        thoughts = sum(question.kind in THINKS for question, _, _ in turns)
+        if ticket.split == "test" or thoughts <= MOST_THOUGHTS:
+            return turns
 
 
 def dialogue(scene: Scene, rng: np.random.Generator) -> list[tuple[Question, str, str]]:

@@ -71,9 +71,7 @@ class Generator:
             case "chat":
                 yield from self.chat(state, request)
             case "image":
-                self.open(state, request)
-                state.builder.token(self.processor.tokenizer.picture)
-                yield Delta(part=self.draw(state, request, Role.ASSISTANT), finish="stop")
+                yield from self.plan(state, request)
             case "frame":
                 state.builder.token(self.processor.tokenizer.picture)
                 yield Delta(part=self.draw(state, request, Role.NONE), finish="stop")
@@ -119,8 +117,25 @@ class Generator:
             said = text[:sure]
         yield Delta(text=tokenizer.decode(ids)[len(said) :], finish="length")
 
+    def plan(self, state: State, request: Request) -> Iterator[Delta]:
+        """Sample words until the model opens a picture, and draw it: the turn may not end without one."""
+        tokenizer, params = self.processor.tokenizer, request.params
+        self.open(state, request)
+        ids: list[int] = []
+        for _ in range(params.max_tokens):
+            scores_V = self.speakable(self.scores(state))
+            scores_V[tokenizer.end] = float("-inf")
+            index, _ = sample_token(scores_V, params, state.generator)
+            if index == tokenizer.picture:
+                break
+            state.builder.token(index)
+            ids.append(index)
+        state.builder.token(tokenizer.picture)
+        picture = self.draw(state, request, Role.ASSISTANT)
+        yield Delta(text=tokenizer.decode(ids), tokens=tuple(ids), part=picture, finish="stop")
+
     def speakable(self, scores_V: Tensor) -> Tensor:
-        """Scores with what a turn cannot hold ruled out: roles, padding, placeholders and actions."""
+        """A copy of the scores with what a turn cannot hold ruled out: roles, padding, placeholders and actions."""
         tokenizer = self.processor.tokenizer
         ruled_out = torch.tensor(sorted(self.processor.controls - {tokenizer.end, tokenizer.picture}))
         return scores_V.index_fill(0, ruled_out, float("-inf"))

@@ -37,8 +37,8 @@ class Request:
     """What to continue, and with what.
 
     `want` says what comes next: "chat" is an assistant turn (text, and pictures where the model chooses to draw),
-    "image" is exactly one picture by the assistant, "frame" is the next frame of a world after the last action,
-    "action" is the next action of a policy in `space`.
+    "image" is one picture by the assistant, before it the words that it plans with (at most `max_tokens`), "frame" is
+    the next frame of a world after the last action, "action" is the next action of a policy in `space`.
     """
 
     parts: tuple[Part, ...]

@@ -12,13 +12,13 @@ from litchi.schema.protocol import Sampler
 from litchi.schema.request import Request, SamplingParams
 from litchi.schema.sample import Role, Sample, Text
 
-PARAMS = SamplingParams(max_tokens=48)
+PARAMS = SamplingParams(max_tokens=96)
 
 HEADLINE = Headline(
     Figure("answers right", "right"),
     Figure("answers right", "baseline"),
     "majority answer to the question, unseen",
-    "every turn after the true history; a whole answer counts",
+    'every turn after the true history; a whole answer counts, or what follows "So"',
 )
 DETAILS = (
     Figure("by kind", "right", over="each"),
@@ -86,9 +86,9 @@ def dialogue(sample: Sample, places: Sequence[int]) -> Item:
 
 def score(part: str, truth: Json, answer: Json) -> dict[str, float]:
     if part == "free":
-        hits = sum(plain(a) == plain(b) for a, b in zip(answer, truth, strict=True))
+        hits = sum(concluded(a) == plain(b) for a, b in zip(answer, truth, strict=True))
         return {"right": float(hits == len(truth)), "n": 1.0, "hits": float(hits), "turns": float(len(truth))}
-    right = float(plain(answer) == plain(truth["answer"]))
+    right = float(concluded(answer) == plain(truth["answer"]))
     baseline = float(plain(truth["baseline"]) == plain(truth["answer"]))
     turn = truth["turn"]
     return {"right": right, "baseline": baseline, "n": 1.0, f"right@{turn}": right, f"n@{turn}": 1.0}
@@ -97,6 +97,11 @@ def score(part: str, truth: Json, answer: Json) -> dict[str, float]:
 def plain(text: str) -> str:
     """Case, spacing and a final stop do not make an answer wrong; a different word does."""
     return " ".join(text.casefold().split()).rstrip(".")
+
+
+def concluded(text: str) -> str:
+    """What a reply comes to: all of it, or what its last sentence says after "So"."""
+    return plain(text).rpartition(". so ")[2]
 
 
 def commonest(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
