@@ -59,6 +59,8 @@ class HttpSampler:
         """Deltas as they are made. Dropping the iterator closes the connection, which stops the server's work."""
         if request.want != "chat":
             answer = self.complete(request)
+            if answer.text:
+                yield Delta(text=answer.text)
             yield Delta(part=answer.parts[0], tokens=answer.tokens, finish=answer.finish)
             return
         with self._open("POST", "/v1/chat/completions", self._chat_body(request) | {"stream": True}) as answer:
@@ -76,9 +78,10 @@ class HttpSampler:
                 size = f"{request.width}x{request.height}"
                 body = {"model": self.model, "prompt": prompt, "size": size} | _sampling(request)
                 drawn = self._json("POST", "/v1/images/generations", body)
-                picture = Image(pixels=_pixels(drawn["data"][0]["b64_json"]), role=Role.ASSISTANT)
-                read = drawn["usage"]["input_tokens"]
-                return Completion(parts=(picture,), text="", finish="stop", prompt_tokens=read, tokens=())
+                [made], read = drawn["data"], drawn["usage"]["input_tokens"]
+                picture = Image(pixels=_pixels(made["b64_json"]), role=Role.ASSISTANT)
+                text = made.get("revised_prompt", "")
+                return Completion(parts=(picture,), text=text, finish="stop", prompt_tokens=read, tokens=())
             case _:
                 parts = [_part_body(part) for part in request.parts]
                 body = {"model": self.model, "want": request.want, "parts": parts, "space": request.space}

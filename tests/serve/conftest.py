@@ -89,6 +89,7 @@ class Painter:
         last = next((part.text for part in reversed(request.parts) if isinstance(part, Text)), "")
         match request.want:
             case "image":
+                yield Delta(text="All of one colour.")
                 yield Delta(part=self._paint(last, request.params.seed), finish="stop")
             case "frame":
                 action = request.parts[-1]

@@ -140,6 +140,7 @@ def test_images_are_generated(client):
     assert len(made.data) == 2
     picture = pixels_of(made.data[0].b64_json)
     assert picture.shape == (64, 64, 3) and picture[9, 9].tolist() == [0, 255, 0]
+    assert made.data[0].revised_prompt == "All of one colour."
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP"])

@@ -111,6 +111,7 @@ def test_a_picture_is_drawn(page):
     page.fill("#draw-prompt", "Draw a room with a red ball.")
     page.click("#draw-go")
     page.wait_for_selector("#draw-gallery img")
+    expect(page.locator("#draw-plan")).not_to_be_empty()
     assert source(page, "#draw-picture").startswith("data:image/png;base64,")
     assert page.locator("#draw-picture").evaluate("e => [e.naturalWidth, getComputedStyle(e).imageRendering]") == [
         64,

@@ -130,9 +130,9 @@ class Generator:
                 break
             state.builder.token(index)
             ids.append(index)
+        yield Delta(text=tokenizer.decode(ids), tokens=tuple(ids))
         state.builder.token(tokenizer.picture)
-        picture = self.draw(state, request, Role.ASSISTANT)
-        yield Delta(text=tokenizer.decode(ids), tokens=tuple(ids), part=picture, finish="stop")
+        yield Delta(part=self.draw(state, request, Role.ASSISTANT), finish="stop")
 
     def speakable(self, scores_V: Tensor) -> Tensor:
         """A copy of the scores with what a turn cannot hold ruled out: roles, padding, placeholders and actions."""

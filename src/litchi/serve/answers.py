@@ -97,9 +97,12 @@ class Writer:
 
 
 def drawings(answers: Sequence[Completion], ask: Ask) -> dict[str, Any]:
-    """The body of an images response."""
-    pictures = [next(part for part in answer.parts if isinstance(part, Image)) for answer in answers]
-    data = [{"b64_json": base64.b64encode(encode_png(picture.pixels)).decode()} for picture in pictures]
+    """The body of an images response; the words that a picture was planned in are its `revised_prompt`."""
+    data = []
+    for answer in answers:
+        picture = next(part for part in answer.parts if isinstance(part, Image))
+        body = {"b64_json": base64.b64encode(encode_png(picture.pixels)).decode()}
+        data.append(body | ({"revised_prompt": answer.text} if answer.text else {}))
     read, made = sum(a.prompt_tokens for a in answers), sum(len(a.tokens) for a in answers)
     counts = {"input_tokens": read, "output_tokens": made, "total_tokens": read + made}
     size = f"{ask.requests[0].width}x{ask.requests[0].height}"

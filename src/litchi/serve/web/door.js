@@ -43,11 +43,12 @@ export async function* chat(messages, signal) {
   }
 }
 
-/** Draw one picture: {url, seed}. Without a seed the server draws one. */
+/** Draw one picture: {url, plan, seed}. Without a seed the server draws one. */
 export async function draw(prompt, seed) {
   const asked = { model: model.name, prompt, ...(seed === undefined ? {} : { seed }) };
   const body = await (await post("v1/images/generations", asked)).json();
-  return { url: `data:image/png;base64,${body.data[0].b64_json}`, seed: body.seed };
+  const [made] = body.data;
+  return { url: `data:image/png;base64,${made.b64_json}`, plan: made.revised_prompt ?? "", seed: body.seed };
 }
 
 /** A world session's socket. */

@@ -29,8 +29,8 @@ async function go() {
   frame.classList.add("busy");
   const began = performance.now();
   try {
-    const { url, seed } = await draw(prompt, at("vary").checked ? undefined : 0);
-    const drawn = { url, prompt, ms: Math.round(performance.now() - began), seed };
+    const { url, plan, seed } = await draw(prompt, at("vary").checked ? undefined : 0);
+    const drawn = { url, prompt, plan, ms: Math.round(performance.now() - began), seed };
     show(drawn);
     keep(drawn);
   } catch (error) {
@@ -41,12 +41,13 @@ async function go() {
   }
 }
 
-function show({ url, prompt, ms, seed }) {
+function show({ url, prompt, plan, ms, seed }) {
   at("picture").src = url;
   at("picture").alt = prompt;
   at("picture").hidden = false;
   at("empty").hidden = true;
   at("caption").textContent = say("drawn", ms, seed);
+  at("plan").textContent = plan;
 }
 
 function keep(drawn) {
