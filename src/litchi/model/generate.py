@@ -83,23 +83,18 @@ class Generator:
         generator = torch.Generator().manual_seed(request.params.seed)
         return State(self.processor.prompt(request.parts), cache, generator)
 
-    def open(self, state: State, request: Request) -> None:
-        """Open an assistant turn, unless the request already stands in one."""
-        if not request.parts or request.parts[-1].role is not Role.ASSISTANT:
-            state.builder.token(self.processor.tokenizer.roles[Role.ASSISTANT])
-
     # ---- text ----
 
     def chat(self, state: State, request: Request) -> Iterator[Delta]:
         """Sample until the turn ends: at its end token, or with a picture where the model opens one."""
         tokenizer, params = self.processor.tokenizer, request.params
-        self.open(state, request)
+        self.processor.open(state.builder, request.parts)
         ids: list[int] = []
         said = ""
         for _ in range(params.max_tokens):
             index, logprob = sample_token(self.speakable(self.scores(state)), params, state.generator)
             logprobs = (logprob,) if params.logprobs else ()
-            if index == tokenizer.end:
+            if index in tokenizer.ends:
                 yield Delta(text=tokenizer.decode(ids)[len(said) :], finish="stop")
                 return
             state.builder.token(index)
@@ -120,11 +115,11 @@ class Generator:
     def plan(self, state: State, request: Request) -> Iterator[Delta]:
         """Sample words until the model opens a picture, and draw it: the turn may not end without one."""
         tokenizer, params = self.processor.tokenizer, request.params
-        self.open(state, request)
+        self.processor.open(state.builder, request.parts)
         ids: list[int] = []
         for _ in range(params.max_tokens):
             scores_V = self.speakable(self.scores(state))
-            scores_V[tokenizer.end] = float("-inf")
+            scores_V[list(tokenizer.ends)] = float("-inf")
             index, _ = sample_token(scores_V, params, state.generator)
             if index == tokenizer.picture:
                 break
@@ -137,7 +132,9 @@ class Generator:
     def speakable(self, scores_V: Tensor) -> Tensor:
         """A copy of the scores with what a turn cannot hold ruled out: roles, padding, placeholders and actions."""
         tokenizer = self.processor.tokenizer
-        ruled_out = torch.tensor(sorted(self.processor.controls - {tokenizer.end, tokenizer.picture}))
+        ruled_out = torch.tensor(
+            sorted(self.processor.controls - tokenizer.ends - {tokenizer.picture}), dtype=torch.long
+        )
         return scores_V.index_fill(0, ruled_out, float("-inf"))
 
     # ---- pictures ----

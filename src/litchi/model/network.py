@@ -11,6 +11,8 @@ import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,8 @@ from torch import Tensor, nn
 
 from litchi.model.attention import Attend, attention_for
 from litchi.model.cache import KVCache
-from litchi.model.rope import rotate, rotations
+from litchi.model.moe import Mixture, SparseMLP
+from litchi.model.rope import Scaling, rotate, rotations
 from litchi.model.vision import Tower, VisionTower
 from litchi.schema.arrays import MASK
 from litchi.schema.sequence import Batch, Modality, Vectors
@@ -70,6 +73,20 @@ class ModelConfig:
     epsilon: float = 1e-6
     grid: int = 16
     """Rows and columns of the table that places vectors within their picture."""
+    scaling: Scaling | None = None
+    """How rotary frequencies are stretched to texts longer than those first trained on."""
+    places: int = 0
+    """Rows of a table of learned positions (GPT-2); 0 turns heads by rotary positions instead."""
+    norm: Literal["rms", "layer"] = "rms"
+    activation: Literal["silu", "gelu"] = "silu"
+    """SwiGLU, or GPT-2's two matrices with GELU (its tanh form) between them."""
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    mixture: Mixture | None = None
+    """Experts of the MLP among which each token chooses; None is one MLP."""
+    max_length: int = 0
+    """Tokens that a document may have, 0 for any number: a table of places, or a sliding window, ends there."""
 
 
 class Norm(nn.Module):
@@ -84,16 +101,20 @@ class Norm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.epsilon)
 
 
+def norm_of(c: ModelConfig) -> nn.Module:
+    return Norm(c.width, c.epsilon) if c.norm == "rms" else nn.LayerNorm(c.width, eps=c.epsilon)
+
+
 class Attention(nn.Module):
     """The projections of one expert; who reads whom is decided outside."""
 
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
         self.head_width = c.head_width
-        self.q_proj = nn.Linear(c.width, c.num_heads * c.head_width, bias=False)
-        self.k_proj = nn.Linear(c.width, c.num_kv_heads * c.head_width, bias=False)
-        self.v_proj = nn.Linear(c.width, c.num_kv_heads * c.head_width, bias=False)
-        self.o_proj = nn.Linear(c.num_heads * c.head_width, c.width, bias=False)
+        self.q_proj = nn.Linear(c.width, c.num_heads * c.head_width, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.width, c.num_kv_heads * c.head_width, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.width, c.num_kv_heads * c.head_width, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(c.num_heads * c.head_width, c.width, bias=c.out_bias)
         self.q_norm = Norm(c.head_width, c.epsilon) if c.qk_norm else nn.Identity()
         self.k_norm = Norm(c.head_width, c.epsilon) if c.qk_norm else nn.Identity()
 
@@ -105,14 +126,31 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU."""
 
-    def __init__(self, c: ModelConfig) -> None:
+    def __init__(self, c: ModelConfig, width: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(c.width, c.mlp_width, bias=False)
-        self.up_proj = nn.Linear(c.width, c.mlp_width, bias=False)
-        self.down_proj = nn.Linear(c.mlp_width, c.width, bias=False)
+        self.gate_proj = nn.Linear(c.width, width, bias=c.mlp_bias)
+        self.up_proj = nn.Linear(c.width, width, bias=c.mlp_bias)
+        self.down_proj = nn.Linear(width, c.width, bias=c.mlp_bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+
+
+class PlainMLP(nn.Module):
+    """Two matrices and GELU."""
+
+    def __init__(self, c: ModelConfig, width: int) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(c.width, width, bias=c.mlp_bias)
+        self.down_proj = nn.Linear(width, c.width, bias=c.mlp_bias)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.up_proj(x_TD), approximate="tanh"))
+
+
+def mlp_of(c: ModelConfig) -> nn.Module:
+    make = partial(MLP if c.activation == "silu" else PlainMLP, c)
+    return make(c.mlp_width) if c.mixture is None else SparseMLP(c.mixture, c.width, make)
 
 
 class Expert(nn.Module):
@@ -120,10 +158,10 @@ class Expert(nn.Module):
 
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
-        self.input_layernorm = Norm(c.width, c.epsilon)
+        self.input_layernorm = norm_of(c)
         self.self_attn = Attention(c)
-        self.post_attention_layernorm = Norm(c.width, c.epsilon)
-        self.mlp = MLP(c)
+        self.post_attention_layernorm = norm_of(c)
+        self.mlp = mlp_of(c)
 
     def read(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.self_attn.project(self.input_layernorm(x_TD))
@@ -145,7 +183,7 @@ class Layer(nn.Module):
         x_TD: Tensor,
         *,
         index: int,
-        rotation: tuple[Tensor, Tensor],
+        rotation: tuple[Tensor, Tensor] | None,
         attend: Attend,
         route: Sequence[Tensor],
         cache: KVCache | None,
@@ -154,7 +192,8 @@ class Layer(nn.Module):
             q, k, v = self.experts[0].read(x_TD)
         else:
             q, k, v = (rejoin(p, route) for p in zip(*(e.read(x_TD[r]) for e, r in self.routed(route)), strict=True))
-        q, k = rotate(q, rotation), rotate(k, rotation)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
         if cache is not None:
             k, v = cache.extend(index, k, v)
         o_TO = attend(q, k, v).flatten(1)
@@ -238,7 +277,9 @@ class Model(nn.Module):
         self.config = c
         self.embed_tokens = nn.Embedding(c.vocab_size, c.width)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_layers))
-        self.norm = Norm(c.width, c.epsilon)
+        self.norm = norm_of(c)
+        if c.places:
+            self.embed_positions = nn.Embedding(c.places, c.width)
         self.readers = nn.ModuleDict({m: Reader(kind, c) for m, kind in c.modalities.items()})
         drawn = {m: kind for m, kind in c.modalities.items() if not isinstance(kind, Tower)}
         self.writers = nn.ModuleDict({m: Writer(kind, c) for m, kind in drawn.items()})
@@ -249,7 +290,8 @@ class Model(nn.Module):
         """Hidden states (T, D) of a batch, after everything in `cache`, to which the batch is added."""
         x_TD = self.embed(batch)
         attend = attention_for(batch, cache)
-        rotation = rotations(batch.positions, self.config.head_width, self.config.theta)
+        c = self.config
+        rotation = None if c.places else rotations(batch.positions, c.head_width, c.theta, c.scaling)
         route = self.route(batch)
         for index, layer in enumerate(self.layers):
             x_TD = layer(x_TD, index=index, rotation=rotation, attend=attend, route=route, cache=cache)
@@ -258,6 +300,8 @@ class Model(nn.Module):
     def embed(self, batch: Batch) -> Float[Tensor, "T D"]:
         """Ids through the table, vectors over their placeholders."""
         x_TD = self.embed_tokens(batch.tokens)
+        if self.config.places:
+            x_TD = x_TD + self.embed_positions(batch.positions[:, 0])
         for modality, v in batch.vectors.items():
             picture_N = picture_numbers(batch.docs[v.index], batch.spans[v.index])
             place_N2 = (batch.positions[v.index, 1:] - batch.positions[v.index, :1]) + self.config.grid // 2

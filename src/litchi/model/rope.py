@@ -6,9 +6,35 @@ Qwen3-VL's (apply_interleaved_mrope): pair 1, 4, 7, ... turn with h, pair 2, 5, 
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """Every frequency divided by `factor` (position interpolation, Chen et al. 2023)."""
+
+    factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class Llama3:
+    """Slow pairs divided by `factor`, fast ones left, a ramp between (Llama 3.1, as transformers computes it)."""
+
+    factor: float
+    low: float
+    """Turns within `length` up to which a pair counts as slow."""
+    high: float
+    """Turns from which a pair counts as fast."""
+    length: int
+    """Tokens of the texts first trained on."""
+
+
+Scaling = Linear | Llama3
 
 
 def pair_axes(num_pairs: int) -> Int[Tensor, "num_pairs"]:
@@ -20,10 +46,24 @@ def pair_axes(num_pairs: int) -> Int[Tensor, "num_pairs"]:
     return axes
 
 
-def rotations(positions: Int[Tensor, "T 3"], head_width: int, theta: float) -> tuple[Tensor, Tensor]:
+def scaled(frequency: Tensor, scaling: Scaling | None) -> Tensor:
+    match scaling:
+        case Linear(factor):
+            return frequency / factor
+        case Llama3(factor, low, high, length):
+            turns = length * frequency / (2 * math.pi)
+            share = ((turns - low) / (high - low)).clamp(0, 1)
+            return (1 - share) * frequency / factor + share * frequency
+    return frequency
+
+
+def rotations(
+    positions: Int[Tensor, "T 3"], head_width: int, theta: float, scaling: Scaling | None = None
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines (T, 1, K/2) of the angles by which each pair of a head turns."""
     num_pairs = head_width // 2
     frequency = theta ** (-torch.arange(num_pairs, device=positions.device, dtype=torch.float32) / num_pairs)
+    frequency = scaled(frequency, scaling)
     along = positions[:, pair_axes(num_pairs).to(positions.device)].float()
     angle = (along * frequency)[:, None, :]
     return angle.cos(), angle.sin()

@@ -26,6 +26,9 @@ from torch import Tensor, nn
 from litchi.config import BadInput, from_json, to_json
 from litchi.model.codec import CodecConfig, PixelCodec, PixelCodecConfig, TileCodec, build_codec, regroup
 from litchi.model.network import Mask, Model, ModelConfig
+from litchi.model.tensorfile import open_tensors
+from litchi.schema.backends import from_file
+from litchi.schema.foreign import ChatConfig, ForeignProcessor, ForeignTokenizer
 from litchi.schema.processor import Noising, Processor, Space
 from litchi.schema.sequence import Modality, TokenSequence, Vectors, pack
 from litchi.schema.tokenizer import Tokenizer
@@ -46,6 +49,8 @@ class ProcessorConfig:
     """How pictures that a user shows are cut for the vision tower; None reads them as codes."""
     film_patch: int = 0
     """Pixels of a token of a frame of a world or clip; 0 codes frames as pictures are coded."""
+    chat: ChatConfig | None = None
+    """How a language model that others trained lays out its text; None for ours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +94,13 @@ def save(
     for path, tensors in (extra or {}).items():
         (draft / path).parent.mkdir(parents=True, exist_ok=True)
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, draft / path)
-    stored = Model(model.config)
-    stored.load_state_dict({from_hugging_face(name): t.float() for name, t in weights.items()})
+    publish(draft, folder, meta=meta)
+
+
+def publish(draft: Path, folder: Path, *, meta: Mapping[str, object], check: bool = True) -> None:
+    """Seal a draft and rename it into place; with `check`, load it once for golden logits."""
     files = {str(p.relative_to(draft)): digest(p) for p in sorted(draft.rglob("*")) if p.is_file()}
-    whole = {"format": FORMAT, **meta, "golden": golden(stored), "files": files}
+    whole = {"format": FORMAT, **meta, "golden": golden(load_model(draft)) if check else None, "files": files}
     (draft / "meta.json").write_text(json.dumps({**whole, "sha256": seal(whole)}, indent=1))
     for path in draft.rglob("*"):
         if path.is_file():
@@ -102,8 +110,12 @@ def save(
 
 def save_processor(folder: Path, processor: Processor) -> None:
     folder.mkdir(parents=True)
-    processor.tokenizer.save(folder / "tokenizer.json")
+    processor.tokenizer.backend.save(str(folder / "tokenizer.json"), pretty=False)
     codec = processor.codec
+    if isinstance(processor, ForeignProcessor):
+        config = ProcessorConfig(None, {}, chat=processor.tokenizer.config)
+        (folder / "processor.json").write_text(to_json(config))
+        return
     sight = getattr(processor.sight, "config", None)
     film_patch = 0 if processor.film is None else processor.film.patch
     config = ProcessorConfig(getattr(codec, "config", None), processor.spaces, processor.noising, sight, film_patch)
@@ -139,16 +151,32 @@ def load(folder: Path, *, check: bool = True) -> Checkpoint:
     meta = read_meta(folder)
     if check:
         check_files(folder, meta)
-    model = Model(from_json(ModelConfig, (folder / "model" / "config.json").read_text()))
-    weights = load_tensors(folder / "model" / "model.safetensors")
-    named = {from_hugging_face(name): t.float() for name, t in weights.items()}
-    try:
-        model.load_state_dict(named)
-    except RuntimeError as error:
-        raise BadInput(f"{folder}: weights and config.json do not fit: {' '.join(str(error).split())[:300]}") from error
-    if check and (gap := golden_gap(golden(model), meta["golden"])) > GOLDEN_TOLERANCE:
+    model = load_model(folder)
+    if check and meta["golden"] and (gap := golden_gap(golden(model), meta["golden"])) > GOLDEN_TOLERANCE:
         raise BadInput(f"{folder}: golden logits differ by {gap:.2g}: the weights are not those that were saved")
-    return Checkpoint(model.eval(), load_processor(folder / "processor"), meta, folder)
+    return Checkpoint(model, load_processor(folder / "processor"), meta, folder)
+
+
+def load_model(folder: Path) -> Model:
+    """The network alone, in fp32, one tensor after another."""
+    with torch.device("meta"):
+        model = Model(load_config(folder))
+    model.to_empty(device="cpu")
+    named = dict(model.named_parameters())
+    with open_tensors(folder / "model") as tensors, torch.no_grad():
+        names = {from_hugging_face(name): name for name in tensors.entries}
+        if names.keys() != named.keys():
+            odd = sorted(names.keys() ^ named.keys())[:3]
+            raise BadInput(f"{folder}: weights and config.json do not fit: {', '.join(odd)}: copy the checkpoint again")
+        for name, parameter in named.items():
+            if (found := tensors.entries[names[name]].shape) != tuple(parameter.shape):
+                raise BadInput(f"{folder}: weights and config.json do not fit: {name} is {found}: copy it again")
+            parameter.copy_(tensors.read(names[name], torch.float32))
+    return model.eval()
+
+
+def load_config(folder: Path) -> ModelConfig:
+    return from_json(ModelConfig, (folder / "model" / "config.json").read_text())
 
 
 def read_meta(folder: Path) -> dict:
@@ -179,6 +207,8 @@ def check_files(folder: Path, meta: dict) -> None:
 
 def load_processor(folder: Path) -> Processor:
     config = from_json(ProcessorConfig, (folder / "processor.json").read_text())
+    if config.chat is not None:
+        return ForeignProcessor(ForeignTokenizer(from_file(folder / "tokenizer.json"), config.chat))
     codec = None if config.codec is None else build_codec(config.codec)
     if isinstance(codec, TileCodec):
         codec.load_state_dict(load_tensors(folder / "codec.safetensors"))
@@ -196,7 +226,8 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def seal(meta: Mapping[str, object]) -> str:

@@ -197,6 +197,11 @@ class Processor:
             if closes and not (last and not whole and part.role is Role.ASSISTANT):
                 builder.token(self.tokenizer.end, part.weight if learn and part.role is Role.ASSISTANT else 0.0)
 
+    def open(self, builder: Builder, parts: Sequence[Part]) -> None:
+        """Open an assistant's turn after the prompt of `parts`, unless they already stand in one."""
+        if not parts or parts[-1].role is not Role.ASSISTANT:
+            builder.token(self.tokenizer.roles[Role.ASSISTANT])
+
     def part(self, builder: Builder, part: Part, rng: np.random.Generator | None, *, followed: bool) -> None:
         weight = part.weight if rng is not None else 0.0
         match part:

@@ -26,6 +26,7 @@ class Tokenizer:
         backend.encode_special_tokens = True  # a user who types <|end|> has typed seven characters
         self.backend = backend
         self.pad, self.end, self.picture, self.patch = (self.control(name) for name in (PAD, END, PICTURE, PATCH))
+        self.ends = frozenset({self.end})
         self.roles = {role: self.control(name) for role, name in ROLES.items()}
 
     @classmethod

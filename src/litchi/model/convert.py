@@ -1,0 +1,158 @@
+"""Other people's folders become our weights, and ours become theirs, one tensor at a time.
+
+Tensors are read from a map and written at their place, so that a model passes through that the machine could not
+hold. Nothing is guessed: a tensor that is missing, left over or of another shape is an error that names it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from litchi.config import BadInput, nearest
+from litchi.model.families import (
+    Link,
+    family_of,
+    fitting_family,
+    links,
+    parameters,
+    read_config,
+    read_gguf,
+    write_config,
+)
+from litchi.model.network import Model, ModelConfig
+from litchi.model.tensorfile import TensorFile, check_finite, open_tensors
+from litchi.model.tensorwriter import TensorWriter
+
+LEFT_OVER = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", "rope_freqs.weight")
+"""Ends of names of tensors that are no weights: tables that old versions saved and anyone can compute."""
+
+
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """A folder or file of theirs, opened: its configuration as ours, and where each of its tensors goes."""
+
+    config: ModelConfig
+    family: str
+    links: tuple[Link, ...]
+    tensors: TensorFile
+    original: Mapping[str, Any]
+    """Their own configuration, whole: what of it says nothing to us is given back on the way out."""
+
+
+def open_foreign(path: Path) -> Foreign:
+    """A Hugging Face folder or a GGUF file. Raises BadInput for what is broken, unknown, or does not fit itself."""
+    if path.is_dir():
+        original = read_json(path / "config.json")
+        config, family = read_config(original), family_of(original)
+        tensors = open_tensors(path)
+    else:
+        tensors = open_tensors(path)
+        if "general.architecture" not in tensors.metadata:
+            raise BadInput(f"{path} has no configuration in it: name the folder that also holds config.json")
+        original, family = {}, "gguf"
+        config = read_gguf(tensors.metadata, tensors.entries)
+    known = tuple(resolve(link, tensors, family) for link in links(config, family))
+    check(known, config, tensors)
+    return Foreign(config, family, known, tensors, original)
+
+
+def resolve(link: Link, tensors: TensorFile, family: str) -> Link:
+    """The link under the name that this file has: the body of a model is also saved without its outer prefix."""
+    for name in (link.theirs, link.theirs.partition(".")[2]):
+        if name in tensors.entries:
+            return Link(name, link.ours, link.form)
+    hint = " (config.json says that the head is not the table: tie_word_embeddings)" if "lm_head" in link.theirs else ""
+    raise BadInput(f"{tensors.path} has no {link.theirs!r}{hint}{nearest(link.theirs, tensors.entries)}")
+
+
+def check(known: tuple[Link, ...], config: ModelConfig, tensors: TensorFile) -> None:
+    """That every tensor is read once and has the shape that the configuration gives it."""
+    shapes = parameters(config)
+    for link in known:
+        expected = link.export([torch.empty(shapes[name], device="meta") for name in link.ours]).shape
+        found = tensors.entries[link.theirs].shape
+        if tuple(found) != tuple(expected):
+            raise BadInput(
+                f"{tensors.path}: {link.theirs} has shape {list(found)}, config.json asks for {list(expected)}"
+            )
+    left = [name for name in tensors.entries if not name.endswith(LEFT_OVER)]
+    over = set(left) - {link.theirs for link in known}
+    if config.tied and (head := over & {"lm_head.weight", "output.weight"}):
+        check_tied(tensors, head.pop(), known)
+        over -= {"lm_head.weight", "output.weight"}
+    if over:
+        raise BadInput(f"{tensors.path} holds {len(over)} tensors that nothing reads, such as {min(over)!r}")
+
+
+def check_tied(tensors: TensorFile, head: str, known: tuple[Link, ...]) -> None:
+    [table] = [link.theirs for link in known if link.ours == ("embed_tokens.weight",)]
+    if not torch.equal(tensors.read(head), tensors.read(table)):
+        raise BadInput(f"{tensors.path}: {head} differs from {table}, but config.json ties them (tie_word_embeddings)")
+
+
+def stream(foreign: Foreign, put: Callable[[str, Tensor], None], dtype: torch.dtype) -> None:
+    """Hand over every tensor of ours, once, in their order; NaN and infinity are refused."""
+    shapes = parameters(foreign.config)
+    for link in foreign.links:
+        theirs = foreign.tensors.read(link.theirs, dtype)
+        check_finite(theirs, link.theirs, foreign.tensors.path)
+        for name, ours in zip(link.ours, link.adopt(theirs, [shapes[n][0] for n in link.ours]), strict=True):
+            put(name, ours)
+
+
+def load_foreign(path: Path) -> Model:
+    """Their model as ours, in fp32, in memory."""
+    foreign = open_foreign(path)
+    with torch.device("meta"):
+        model = Model(foreign.config)
+    model.to_empty(device="cpu")
+    named = dict(model.named_parameters())
+    with torch.no_grad():
+        stream(foreign, lambda name, tensor: named[name].copy_(tensor), torch.float32)
+    return model.eval()
+
+
+def export(
+    folder: Path,
+    config: ModelConfig,
+    read: Callable[[str], Tensor],
+    *,
+    dtype: torch.dtype = torch.float32,
+    original: Mapping[str, Any] | None = None,
+) -> str:
+    """Write a folder that transformers, vLLM and llama.cpp's converter read; returns its family.
+
+    `read` gives a tensor of ours by name. `original` is the configuration that the weights came with, if they did.
+    """
+    family = family_of(original) if original else fitting_family(config)
+    known, shapes = links(config, family), parameters(config)
+    meta = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    writer = TensorWriter(
+        folder, {link.theirs: link.export([meta[n] for n in link.ours]).shape for link in known}, dtype
+    )
+    for link in known:
+        writer.put(link.theirs, link.export([read(name) for name in link.ours]))
+    writer.finish()
+    said = dict(original or {}) or write_config(config, family)
+    said |= {"dtype": str(dtype).removeprefix("torch."), "torch_dtype": str(dtype).removeprefix("torch.")}
+    (folder / "config.json").write_text(json.dumps(said, indent=1))
+    return family
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise BadInput(f"{path} is missing: name a folder that Hugging Face transformers saved, or a GGUF file")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path} is not JSON ({str(error)[:200]}): download it again") from error
+    if not isinstance(found, dict):
+        raise BadInput(f"{path} holds no JSON object: download it again")
+    return found

@@ -1,0 +1,94 @@
+"""Sizes of well-known models by name, so that one can be counted, planned and sharded before it is there.
+
+Figures are those of the publishers' config.json (Hugging Face).
+"""
+
+from __future__ import annotations
+
+from litchi.config import BadInput
+from litchi.model.network import ModelConfig
+from litchi.model.rope import Llama3
+
+
+def llama(**sizes) -> ModelConfig:
+    return ModelConfig(**({"qk_norm": False, "tied": False, "epsilon": 1e-5} | sizes))
+
+
+YI_34B = llama(
+    vocab_size=64_000,
+    width=7_168,
+    num_layers=60,
+    num_heads=56,
+    num_kv_heads=8,
+    head_width=128,
+    mlp_width=20_480,
+    theta=5_000_000.0,
+    max_length=4_096,
+)
+"""01-ai/Yi-34B; SUS-Chat-34B and the trunk of LLaVA-1.6-34B are the same network."""
+
+PRESETS: dict[str, ModelConfig] = {
+    "gpt2": ModelConfig(
+        vocab_size=50_257,
+        width=768,
+        num_layers=12,
+        num_heads=12,
+        num_kv_heads=12,
+        head_width=64,
+        mlp_width=3_072,
+        qk_norm=False,
+        epsilon=1e-5,
+        places=1_024,
+        norm="layer",
+        activation="gelu",
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        max_length=1_024,
+    ),
+    "smollm2-135m": llama(
+        vocab_size=49_152,
+        width=576,
+        num_layers=30,
+        num_heads=9,
+        num_kv_heads=3,
+        head_width=64,
+        mlp_width=1_536,
+        theta=100_000.0,
+        tied=True,
+        max_length=8_192,
+    ),
+    "llama3.1-8b": llama(
+        vocab_size=128_256,
+        width=4_096,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_width=128,
+        mlp_width=14_336,
+        theta=500_000.0,
+        scaling=Llama3(8.0, 1.0, 4.0, 8_192),
+        max_length=131_072,
+    ),
+    "qwen2.5-7b": llama(
+        vocab_size=152_064,
+        width=3_584,
+        num_layers=28,
+        num_heads=28,
+        num_kv_heads=4,
+        head_width=128,
+        mlp_width=18_944,
+        theta=1_000_000.0,
+        epsilon=1e-6,
+        qkv_bias=True,
+        max_length=32_768,
+    ),
+    "yi-34b": YI_34B,
+    "sus-chat-34b": YI_34B,
+}
+
+
+def preset(name: str) -> ModelConfig:
+    if name not in PRESETS:
+        raise BadInput(f"no preset {name!r}; the presets are: {', '.join(PRESETS)}")
+    return PRESETS[name]
