@@ -7,6 +7,7 @@ network cannot compute is refused, never ignored.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -61,12 +62,49 @@ class Interleaved:
 
 
 @dataclass(frozen=True, slots=True)
+class Patches:
+    """A convolution over patches, channels first, where ours is a matrix over pixels with their channels last."""
+
+    def theirs(self, ours: Tensor) -> Tensor:
+        side = math.isqrt(ours.shape[1] // 3)
+        return ours.unflatten(1, (side, side, 3)).permute(0, 3, 1, 2)
+
+    def ours(self, theirs: Tensor) -> Tensor:
+        return theirs.permute(0, 2, 3, 1).flatten(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Cells:
+    """A table behind a leading dimension of one."""
+
+    def theirs(self, ours: Tensor) -> Tensor:
+        return ours[None]
+
+    def ours(self, theirs: Tensor) -> Tensor:
+        return theirs[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row behind two leading dimensions of one."""
+
+    def theirs(self, ours: Tensor) -> Tensor:
+        return ours[None, None]
+
+    def ours(self, theirs: Tensor) -> Tensor:
+        return theirs[0, 0]
+
+
+Form = Transposed | Interleaved | Patches | Cells | Row
+
+
+@dataclass(frozen=True, slots=True)
 class Link:
     """One tensor of theirs is one or more of ours, one under the other, in another form."""
 
     theirs: str
     ours: tuple[str, ...]
-    form: Transposed | Interleaved | None = None
+    form: Form | None = None
 
     def export(self, ours: Iterable[Tensor]) -> Tensor:
         joined = torch.cat(list(ours)) if len(self.ours) > 1 else next(iter(ours))

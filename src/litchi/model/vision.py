@@ -1,13 +1,22 @@
-"""A vision transformer for understanding: pixel patches in, one row of the trunk's width out (ViT with LLaVA's MLP)."""
+"""A vision transformer for understanding: pixel patches in, one row of the trunk's width out (ViT with LLaVA's MLP).
+
+N patches of all pictures of a batch, P pictures, W width of the tower, D width of the trunk. Modules carry CLIP's names
+in transformers; SigLIP, DINOv2 and ViT are the same network with other choices (model/towers.py).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,43 +30,123 @@ class Tower:
     num_heads: int = 4
     grid: int = 32
     """Rows and columns of the position table."""
+    mlp_width: int = 0
+    """0 is four times the width."""
+    activation: Activation = "gelu"
+    epsilon: float = 1e-5
+    table: Literal["axes", "cells"] = "axes"
+    """A position is the sum of its row's and its column's, or has a row of its own; then a picture is grid x grid."""
+    class_token: bool = False
+    """A row for each picture that reads and is read, and is dropped at the end."""
+    patch_bias: bool = True
+    norm_before: bool = False
+    norm_after: bool = True
+    scales: bool = False
+    """Whether what a layer adds is scaled value by value (DINOv2)."""
+
+
+def activation(name: Activation) -> Callable[[Tensor], Tensor]:
+    match name:
+        case "gelu":
+            return F.gelu
+        case "gelu_tanh":
+            return partial(F.gelu, approximate="tanh")
+        case "quick_gelu":
+            return lambda x: x * torch.sigmoid(1.702 * x)
+
+
+class VisionAttention(nn.Module):
+    def __init__(self, c: Tower) -> None:
+        super().__init__()
+        self.num_heads = c.num_heads
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(c.width, c.width) for _ in range(3))
+        self.out_proj = nn.Linear(c.width, c.width)
+
+    def forward(self, x_ND: Tensor, mask_NN: Tensor) -> Tensor:
+        q, k, v = (p(x_ND).unflatten(-1, (self.num_heads, -1)).transpose(0, 1) for p in self.projections)
+        o_HNK = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask_NN)[0]
+        return self.out_proj(o_HNK.transpose(0, 1).flatten(1))
+
+    @property
+    def projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+        return self.q_proj, self.k_proj, self.v_proj
+
+
+class VisionMLP(nn.Module):
+    def __init__(self, c: Tower) -> None:
+        super().__init__()
+        width = c.mlp_width or 4 * c.width
+        self.fc1, self.fc2, self.activation = nn.Linear(c.width, width), nn.Linear(width, c.width), activation(c.activation)
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x_ND)))
 
 
 class VisionLayer(nn.Module):
     def __init__(self, c: Tower) -> None:
         super().__init__()
-        self.num_heads = c.num_heads
-        self.norm1, self.norm2 = nn.LayerNorm(c.width), nn.LayerNorm(c.width)
-        self.qkv = nn.Linear(c.width, 3 * c.width)
-        self.out = nn.Linear(c.width, c.width)
-        self.up, self.down = nn.Linear(c.width, 4 * c.width), nn.Linear(4 * c.width, c.width)
+        self.layer_norm1, self.layer_norm2 = (nn.LayerNorm(c.width, eps=c.epsilon) for _ in range(2))
+        self.self_attn, self.mlp = VisionAttention(c), VisionMLP(c)
+        self.scale1, self.scale2 = (nn.Parameter(torch.ones(c.width)) if c.scales else None for _ in range(2))
 
     def forward(self, x_ND: Tensor, mask_NN: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm1(x_ND)).unflatten(-1, (3, self.num_heads, -1)).permute(1, 2, 0, 3)
-        o_HNK = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask_NN)[0]
-        x_ND = x_ND + self.out(o_HNK.transpose(0, 1).flatten(1))
-        return x_ND + self.down(F.gelu(self.up(self.norm2(x_ND))))
+        x_ND = x_ND + scaled(self.self_attn(self.layer_norm1(x_ND), mask_NN), self.scale1)
+        return x_ND + scaled(self.mlp(self.layer_norm2(x_ND)), self.scale2)
+
+
+def scaled(x_ND: Tensor, scale_D: Tensor | None) -> Tensor:
+    return x_ND if scale_D is None else x_ND * scale_D
+
+
+class VisionEncoder(nn.Module):
+    """The tower without what connects it: reads all pictures at once; a patch attends to those of its own picture."""
+
+    def __init__(self, c: Tower) -> None:
+        super().__init__()
+        self.config = c
+        self.patch_embedding = nn.Linear(c.channels, c.width, bias=c.patch_bias)
+        cells = c.grid * c.grid if c.table == "cells" else 2 * c.grid
+        self.position_embedding = nn.Embedding(cells + c.class_token, c.width)
+        if c.class_token:
+            self.class_embedding = nn.Parameter(torch.zeros(c.width))
+        self.pre_layernorm = nn.LayerNorm(c.width, eps=c.epsilon) if c.norm_before else nn.Identity()
+        self.layers = nn.ModuleList(VisionLayer(c) for _ in range(c.num_layers))
+        self.post_layernorm = nn.LayerNorm(c.width, eps=c.epsilon) if c.norm_after else nn.Identity()
+
+    def forward(
+        self, value_NC: Float[Tensor, "N C"], picture_N: Int[Tensor, "N"], place_N2: Int[Tensor, "N 2"]
+    ) -> Float[Tensor, "N W"]:
+        """`picture` numbers the picture of each patch, `place` is its row and column within it, in [0, grid)."""
+        x_ND = self.patch_embedding(value_NC) + self.places(place_N2)
+        first = 0
+        if self.config.class_token:
+            pictures = picture_N.unique()
+            first = len(pictures)
+            row_D = self.class_embedding + self.position_embedding.weight[0]
+            x_ND, picture_N = torch.cat([row_D.expand(first, -1), x_ND]), torch.cat([pictures, picture_N])
+        x_ND = self.pre_layernorm(x_ND)
+        mask_NN = picture_N[:, None] == picture_N[None]
+        for layer in self.layers:
+            x_ND = layer(x_ND, mask_NN)
+        return self.post_layernorm(x_ND)[first:]
+
+    def places(self, place_N2: Tensor) -> Tensor:
+        grid, first = self.config.grid, int(self.config.class_token)
+        if self.config.table == "cells":
+            return self.position_embedding(place_N2[:, 0] * grid + place_N2[:, 1] + first)
+        offset = torch.tensor([first, first + grid], device=place_N2.device)
+        return self.position_embedding(place_N2 + offset).sum(1)
 
 
 class VisionTower(nn.Module):
-    """Reads all pictures of a batch at once; a patch attends to the patches of its own picture."""
+    """The tower and the MLP that brings its rows to the trunk's width."""
 
     def __init__(self, c: Tower, width: int) -> None:
         super().__init__()
-        self.patch = nn.Linear(c.channels, c.width)
-        self.place = nn.Embedding(2 * c.grid, c.width)
-        self.grid = c.grid
-        self.layers = nn.ModuleList(VisionLayer(c) for _ in range(c.num_layers))
-        self.norm = nn.LayerNorm(c.width)
+        self.encoder = VisionEncoder(c)
         self.project = nn.Sequential(nn.Linear(c.width, width), nn.GELU(), nn.Linear(width, width))
 
     def forward(
         self, value_NC: Float[Tensor, "N C"], picture_N: Int[Tensor, "N"], place_N2: Int[Tensor, "N 2"]
     ) -> Float[Tensor, "N D"]:
-        """`picture` numbers the picture of each patch, `place` is its row and column within it, in [0, grid)."""
-        offset = torch.tensor([0, self.grid], device=place_N2.device)
-        x_ND = self.patch(value_NC) + self.place(place_N2 + offset).sum(1)
-        mask_NN = picture_N[:, None] == picture_N[None]
-        for layer in self.layers:
-            x_ND = layer(x_ND, mask_NN)
-        return self.project(self.norm(x_ND))
+        return self.project(self.encoder(value_NC, picture_N, place_N2))
