@@ -27,9 +27,9 @@ class SamplingParams:
     """Whether deltas carry the log-probability of each sampled token."""
 
 
-DRAWING = SamplingParams(temperature=1.2, top_p=0.98)
-"""How pictures are drawn from words unless told otherwise: the likeliest tile at any one place is a bare floor, so that
-greedy rooms are empty. Chosen on prompts that belong to no test (docs/log.md)."""
+DRAWING = SamplingParams(temperature=1.0, top_p=0.95)
+"""How pictures are planned and drawn unless told otherwise: greedy, a request has one answer for ever, and a model that
+does not plan draws bare floors. Chosen on prompts that belong to no test (docs/log.md)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
