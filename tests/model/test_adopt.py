@@ -153,11 +153,13 @@ from pathlib import Path
 import torch
 from litchi.model.convert import open_foreign, stream
 from litchi.model.families import links, parameters, write_config
-from litchi.model.presets import llama
+from dataclasses import replace
+from litchi.model.presets import LLAMA
 from litchi.model.tensorwriter import TensorWriter
 
 folder, peak = Path(sys.argv[1]), 0
-config = llama(vocab_size=4096, width=1024, num_layers=24, num_heads=8, num_kv_heads=8, head_width=128, mlp_width=4096)
+config = replace(LLAMA, vocab_size=4096, width=1024, num_layers=24, num_heads=8, num_kv_heads=8,
+                 head_width=128, mlp_width=4096)
 (folder / "config.json").write_text(json.dumps(write_config(config, "llama")))
 known, shapes = links(config, "llama"), parameters(config)
 TensorWriter(folder, {link.theirs: shapes[link.ours[0]] for link in known}, torch.bfloat16)  # holes: all zeros

@@ -114,8 +114,12 @@ def load_foreign(path: Path) -> Model:
         model = Model(foreign.config)
     model.to_empty(device="cpu")
     named = dict(model.named_parameters())
+
+    def put(name: str, tensor: Tensor) -> None:
+        named[name].copy_(tensor)
+
     with torch.no_grad():
-        stream(foreign, lambda name, tensor: named[name].copy_(tensor), torch.float32)
+        stream(foreign, put, torch.float32)
     return model.eval()
 
 

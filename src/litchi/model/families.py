@@ -271,8 +271,8 @@ def read_rope(config: Json, family: str) -> tuple[float, Scaling | None]:
         case "linear":
             return float(theta), Linear(float(rope["factor"]))
         case "llama3":
-            ramp = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-            return float(theta), Llama3(*ramp, int(rope["original_max_position_embeddings"]))
+            factor, low, high = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+            return float(theta), Llama3(factor, low, high, int(rope["original_max_position_embeddings"]))
         case other:
             raise BadInput(
                 f"{family}: rotary positions of type {other!r} cannot be computed; default, linear, llama3 can"

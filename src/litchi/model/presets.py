@@ -5,16 +5,17 @@ Figures are those of the publishers' config.json (Hugging Face).
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from litchi.config import BadInput
 from litchi.model.network import ModelConfig
 from litchi.model.rope import Llama3
 
+LLAMA = ModelConfig(vocab_size=32_000, qk_norm=False, tied=False, epsilon=1e-5)
+"""What the Llamas share; their sizes replace these."""
 
-def llama(**sizes) -> ModelConfig:
-    return ModelConfig(**({"qk_norm": False, "tied": False, "epsilon": 1e-5} | sizes))
-
-
-YI_34B = llama(
+YI_34B = replace(
+    LLAMA,
     vocab_size=64_000,
     width=7_168,
     num_layers=60,
@@ -46,7 +47,8 @@ PRESETS: dict[str, ModelConfig] = {
         mlp_bias=True,
         max_length=1_024,
     ),
-    "smollm2-135m": llama(
+    "smollm2-135m": replace(
+        LLAMA,
         vocab_size=49_152,
         width=576,
         num_layers=30,
@@ -58,7 +60,8 @@ PRESETS: dict[str, ModelConfig] = {
         tied=True,
         max_length=8_192,
     ),
-    "llama3.1-8b": llama(
+    "llama3.1-8b": replace(
+        LLAMA,
         vocab_size=128_256,
         width=4_096,
         num_layers=32,
@@ -70,7 +73,8 @@ PRESETS: dict[str, ModelConfig] = {
         scaling=Llama3(8.0, 1.0, 4.0, 8_192),
         max_length=131_072,
     ),
-    "qwen2.5-7b": llama(
+    "qwen2.5-7b": replace(
+        LLAMA,
         vocab_size=152_064,
         width=3_584,
         num_layers=28,

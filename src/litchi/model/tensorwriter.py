@@ -40,7 +40,7 @@ class TensorWriter:
         raw = tensor.detach().to("cpu", self.dtype).contiguous().reshape(-1).view(torch.uint8)
         with (self.folder / file).open("r+b") as out:
             out.seek(offset)
-            out.write(memoryview(raw.numpy()))
+            out.write(raw.numpy().data)
         self.written.add(name)
 
     def finish(self) -> None:

@@ -1,8 +1,8 @@
 """The vision towers that people already have: CLIP, SigLIP, DINOv2 and ViT as our encoder, and back.
 
-Sources are the configurations and weight names of transformers. What a tower has beyond its rows of patches (a pooler, an
-attention head, a mask token) is no part of understanding: it is named in `BESIDE` and kept aside, so that what is written
-back is whole.
+Sources are the configurations and weight names of transformers. What a tower has beyond its rows of patches (a pooler,
+an attention head, a mask token) is no part of understanding: it is named in `BESIDE` and kept aside, so that what is
+written back is whole.
 """
 
 from __future__ import annotations
@@ -111,13 +111,15 @@ def tower_links(t: Tower, family: str) -> list[Link]:
 
 
 def load_tower(config: Json, tensors: Mapping[str, Tensor]) -> tuple[VisionEncoder, dict[str, Tensor]]:
-    """A tower of theirs as ours in fp32, and what stands beside it. Raises BadInput for what is missing or left over."""
+    """A tower of theirs as ours in fp32, and what stands beside it. Raises BadInput for what is missing or over."""
     tower = VisionEncoder(read_tower(config))
     named, left = dict(tower.named_parameters()), dict(tensors)
     with torch.no_grad():
         for link in tower_links(tower.config, config["model_type"]):
             if link.theirs not in left:
-                raise BadInput(f"{config['model_type']}: the weights lack {link.theirs!r}: name a folder of this family")
+                raise BadInput(
+                    f"{config['model_type']}: the weights lack {link.theirs!r}: name a folder of this family"
+                )
             [ours] = link.adopt(left.pop(link.theirs), [named[link.ours[0]].shape[0]])
             named[link.ours[0]].copy_(ours)
     if odd := [name for name in left if not name.startswith(BESIDE)]:

@@ -76,7 +76,11 @@ class VisionMLP(nn.Module):
     def __init__(self, c: Tower) -> None:
         super().__init__()
         width = c.mlp_width or 4 * c.width
-        self.fc1, self.fc2, self.activation = nn.Linear(c.width, width), nn.Linear(width, c.width), activation(c.activation)
+        self.fc1, self.fc2, self.activation = (
+            nn.Linear(c.width, width),
+            nn.Linear(width, c.width),
+            activation(c.activation),
+        )
 
     def forward(self, x_ND: Tensor) -> Tensor:
         return self.fc2(self.activation(self.fc1(x_ND)))

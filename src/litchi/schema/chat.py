@@ -35,8 +35,8 @@ PROBES = (
 )
 """Conversations that show how a template marks who speaks. It may refuse some."""
 
-MAX_HEADERS = 256
-"""Lines of its own text in all these conversations, so that a hostile template cannot make every text slow to read."""
+MAX_HEADERS, MAX_HEADER = 64, 128
+"""How many role headers a template may have, and with how many characters: each text is searched for all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Message:
 
     def __post_init__(self) -> None:
         if self.role not in SPEAKERS:
-            raise BadInput(f"a message is by {', '.join(SPEAKERS)}, not by {self.role!r}; give it one of these roles")
+            raise BadInput(f"a message is by {', '.join(SPEAKERS)} and not by {self.role.value!r}; name one of these")
         if self.weight < 0 or (self.weight and self.role is not Role.ASSISTANT):
             raise BadInput(f"a message by {self.role.value} has weight {self.weight}: only an assistant's may, above 0")
 
@@ -145,8 +145,10 @@ class ChatTemplate:
 
     def stretches(self, messages: Sequence[Message], opened: bool) -> list[Stretch]:
         """The conversation as the template lays it out, what is said told apart from its own text."""
+        if not messages:
+            raise BadInput("a conversation has one message at least")
         marks = [secret_word() for _ in messages]
-        pieces = re.split(f"({'|'.join(marks) or '(?!)'})", self.render(messages, marks, opened))
+        pieces = re.split(f"({'|'.join(marks)})", self.render(messages, marks, opened))
         own, order = pieces[::2], [marks.index(mark) for mark in pieces[1::2]]
         for index, message in enumerate(messages):
             if (times := order.count(index)) != 1:
@@ -223,11 +225,10 @@ class ChatTemplate:
         found: dict[int, set[tuple[int, ...]]] = {}
         for script in probes:
             spelling = self.speller.spell(script, script.seams)
+            starts, ends = [start for start, _ in spelling.spans], [end for _, end in spelling.spans]
             for match in self.headers.finditer(script.text):
-                start, end = match.span(1)
-                inside = [s < end and e > start for s, e in spelling.spans]
-                ids = tuple(index for index, within in zip(spelling.ids, inside, strict=True) if within)
-                if ids:  # none if the tokenizer drops characters that it does not know
+                first, last = bisect_right(ends, match.start(1)), bisect_left(starts, match.end(1))
+                if ids := tuple(spelling.ids[first:last]):  # a tokenizer may drop what it does not know
                     found.setdefault(ids[0], set()).add(ids)
         return found
 
@@ -244,8 +245,8 @@ class ChatTemplate:
             spelling = self.speller.spell(script, cuts)
         if hits := self.typed_headers(script, spelling):
             spelling = self.speller.in_bytes(script, spelling, {hit[0] for hit in hits})
-        for hit in self.typed_headers(script, spelling):
-            header = script.text[spelling.spans[hit[0]][0] : spelling.spans[hit[-1]][1]]
+        if hits := self.typed_headers(script, spelling):
+            header = script.text[spelling.spans[hits[0][0]][0] : spelling.spans[hits[0][-1]][1]]
             raise BadInput(f"{header!r} in a message is how this chat template marks who speaks; write it differently")
         return spelling
 
@@ -270,9 +271,9 @@ def shapes(text: str) -> list[str]:
 
 
 def role_headers(probes: Iterable[Script]) -> set[str]:
-    """Plain text by which a template marks who speaks: the lines of its own text between messages and control tokens.
+    """Plain text by which a template marks who speaks: its own lines beside messages and control tokens.
 
-    Bare words behind a control token, as in "<|im_start|>user", are none: there the control token is the mark.
+    A bare word behind a control token, as in "<|im_start|>user", is none, for there the control token is the mark.
     """
     lines: set[str] = set()
     for script in probes:
@@ -280,12 +281,14 @@ def role_headers(probes: Iterable[Script]) -> set[str]:
         edges = [0, *(edge for border in borders for edge in border), len(script.text)]
         marked = {stop for _, stop in script.controls}
         for start, stop in zip(edges[::2], edges[1::2], strict=True):
-            own = {line.strip() for line in script.text[start:stop].splitlines()} - {""}
-            lines |= {line for line in own if start not in marked or not is_word(line)}
+            own = script.text[start:stop].strip().splitlines() or [""]
+            lines |= {line.strip() for line in (own[0], own[-1]) if start not in marked or not is_word(line)}
     headers: set[str] = set()
     for line in sorted(lines, key=len):  # "[INST] <<SYS>>" beside "[INST]" shows that "<<SYS>>" is one too
-        parts = {part.strip() for part in re.split("|".join(map(re.escape, headers)) or "(?!)", line)} - {""}
+        parts = re.split("|".join(map(re.escape, headers)) or "(?!)", line)
+        parts = {part.strip() for part in parts if any(map(str.isalnum, part))}
         headers |= {line} if any(map(is_word, parts)) else parts
+    headers = {header for header in headers if len(header) <= MAX_HEADER}
     if len(headers) > MAX_HEADERS:
         raise BadInput(f"the chat template marks who speaks in {len(headers)} ways; at most {MAX_HEADERS} are known")
     return headers

@@ -12,6 +12,7 @@ from litchi.config import BadInput
 from litchi.schema.chat import ChatTemplate, Message
 from litchi.schema.processor import Builder, Noising, Processor
 from litchi.schema.sample import Part, Role, Text
+from litchi.schema.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +29,14 @@ class ChatConfig:
     """Whether plain text begins with `bos`."""
 
 
-class ForeignTokenizer:
-    """The same interface as `Tokenizer`; what this one lacks is -1, an id that nothing samples."""
-
-    picture, patch = -1, -1
+class ForeignTokenizer(Tokenizer):
+    """A tokenizer with control tokens of its own; those of ours that it lacks are -1, an id that nothing samples."""
 
     def __init__(self, backend: Backend, config: ChatConfig) -> None:
         backend = Backend.from_str(backend.to_str())
         backend.encode_special_tokens = True  # a user who types a control token has typed its letters
         self.backend, self.config = backend, config
+        self.picture = self.patch = -1
         self.added = {index for index, token in backend.get_added_tokens_decoder().items() if token.special}
         self.ends = frozenset(self.control(name) for name in config.ends)
         self.end = min(self.ends, default=-1)
@@ -44,20 +44,11 @@ class ForeignTokenizer:
         self.bos = [self.control(config.bos)] if config.begins and config.bos else []
         self.roles: dict[Role, int] = {}
 
-    def __len__(self) -> int:
-        return self.backend.get_vocab_size()
-
     def control(self, name: str) -> int:
         index = self.backend.token_to_id(name)
         if index is None:
             raise BadInput(f"the tokenizer has no token {name!r}, which its configuration names: download both again")
         return index
-
-    def encode(self, text: str) -> list[int]:
-        return self.backend.encode(text, add_special_tokens=False).ids
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self.backend.decode(list(ids), skip_special_tokens=True)
 
 
 class ForeignProcessor(Processor):

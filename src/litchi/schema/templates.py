@@ -70,14 +70,14 @@ LLAMA2 = r"""
     {%- if message.role == 'assistant' -%}
         {{ ' ' + message.content.strip() + ' ' + eos_token }}
     {%- elif loop.first and system is not none -%}
-        {{ bos_token + '[INST] ' + ('<<SYS>>\n' + system + '\n<</SYS>>\n\n' + message.content).strip() + ' [/INST]' }}
+        {{ bos_token + '[INST] <<SYS>>\n' + system + '\n<</SYS>>\n\n' + message.content.rstrip() + ' [/INST]' }}
     {%- else -%}
         {{ bos_token + '[INST] ' + message.content.strip() + ' [/INST]' }}
     {%- endif -%}
 {%- endfor -%}
 """
-"""Llama 2, as Meta's `llama/generation.py` writes it (from memory): each question begins a document, the marks are plain
-text, the system prompt is a part of the first question."""
+"""Llama 2, as Meta's `llama/generation.py` writes it (from memory): a question begins a document, its marks are plain
+text, and the system prompt is a part of the first question."""
 
 LLAMA3 = r"""
 {{- bos_token -}}
@@ -145,10 +145,9 @@ TEMPLATES = {
 SOME_DAY = date(2024, 7, 26)
 """The day that a template is told unless another is given: always the same, so that the ids are."""
 
-MAX_SOURCE, MAX_RANGE, MAX_BITS, MAX_ARGUMENT = 64 * 1024, 10_000, 1024, 1024
-"""Characters of a template, numbers in a range, bits of a number, characters that a method of a text looks for.
-
-No published template that we know has 20,000 characters or comes near the others.
+MAX_SOURCE, MAX_RANGE, MAX_BITS, MAX_SOUGHT, MAX_NAME = 64 * 1024, 10_000, 1024, 1024, 64
+"""Characters of a template, numbers in a range, bits of a number, characters that a method of a text looks for, and
+characters of what a filter is told, which may be a path. No published template that we know comes near.
 """
 
 STATEMENTS = (
@@ -189,7 +188,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.filters |= {"each": self.each, "weighed": self.weighed, "safe": self.weighed}
         self.filters |= {"join": self.joined, "replace": self.replaced, "trim": self.trimmed, "tojson": self.json}
         self.tests = {name: self.bounded(test, self.size) for name, test in TESTS.items()}
-        known: dict[str, Any] = {"range": self.numbers, "dict": dict, "namespace": Namespace}
+        known: dict[str, Any] = {"range": self.numbers, "dict": dict, "namespace": Notes}
         self.globals = known | {"raise_exception": self.refuse, "strftime_now": self.today_as}
         self.known = tuple(self.globals.values())
 
@@ -256,12 +255,17 @@ class Sandbox(ImmutableSandboxedEnvironment):
             yield item
 
     def bounded(self, function: Any, pay: Callable[[Any], Any]) -> Any:
-        """A filter or test that pays for its arguments before and for its result after."""
+        """A filter or test that pays for what it is given before and for its result after."""
+        told = 2 if hasattr(function, "jinja_pass_arg") else 1  # Jinja puts its context before the value
 
-        @wraps(function)  # which keeps the marks that Jinja reads
+        @wraps(function)  # which keeps that mark
         def result(*args: Any, **options: Any) -> Any:
             for value in args:
                 pay(value)
+            if pay == self.touch and any(
+                isinstance(value, str) and len(value) > MAX_NAME for value in (*args[told:], *options.values())
+            ):
+                raise SecurityError(f"it tells a filter more than {MAX_NAME} characters")
             return self.weighed(function(*args, **options))
 
         return result
@@ -287,10 +291,13 @@ class Sandbox(ImmutableSandboxedEnvironment):
             if name == "replace":
                 return self.replaced(owner, *args)
             self.size([owner, *args])
-            if any(isinstance(value, str) and len(value) > MAX_ARGUMENT for value in args):
-                raise SecurityError(f"it looks for more than {MAX_ARGUMENT} characters by {name!r}")
-        elif isinstance(owner, LoopContext) or (isinstance(owner, dict) and name in DICT_METHODS):
-            self.size(list(args))
+            if any(isinstance(value, str) and len(value) > MAX_SOUGHT for value in args):
+                raise SecurityError(f"it looks for more than {MAX_SOUGHT} characters by {name!r}")
+        elif isinstance(owner, dict) and name in DICT_METHODS:
+            found = super().call(context, function, *self.weighed(args), **options)
+            return self.weighed(found if name == "get" else iter(found))
+        elif isinstance(owner, LoopContext):
+            self.size(args)
         elif not isinstance(function, Macro | Undefined) and all(function is not known for known in self.known):
             raise SecurityError(f"it calls {name or type(function).__name__!r}, which no template needs")
         return self.weighed(super().call(context, function, *args, **options))
@@ -313,7 +320,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return self.weighed(text.replace(old, new, count))
 
     def trimmed(self, text: Any, chars: str | None = None) -> str:
-        self.fit(0 if len(chars or "") <= MAX_ARGUMENT else self.room + 1)
+        self.fit(0 if len(chars or "") <= MAX_SOUGHT else self.room + 1)
         return self.weighed(str(text).strip(chars))
 
     def json(
@@ -337,6 +344,13 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def today_as(self, layout: str) -> str:
         self.fit(0 if len(layout) <= 64 else self.room + 1)
         return self.today.strftime(layout)
+
+
+class Notes(Namespace):
+    """What a template writes down as it goes, which it may not print: it can hold itself."""
+
+    def __repr__(self) -> str:
+        return "namespace"
 
 
 class Generation(Extension):
@@ -406,4 +420,4 @@ def compiled(source: str) -> CodeType:
 
 
 def first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
+    return next(iter(str(error)[:200].splitlines()), "") or type(error).__name__

