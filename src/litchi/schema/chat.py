@@ -355,7 +355,7 @@ class Speller:
         chunks = {0: self.outer}
         for cut in cuts.difference(starts, (end for _, end in script.controls), (0, len(script.text))):
             chunks[cut] = self.inner
-            if (following := bisect_left(starts, cut)) < len(starts):
+            if self.inner is not self.outer and (following := bisect_left(starts, cut)) < len(starts):
                 chunks[starts[following]] = self.outer
         ids, spans = [], []
         for start, end in pairwise([*sorted(chunks), len(script.text)]):
