@@ -29,6 +29,7 @@ SMALL = {
     "model.mlp_width": "16",
     "train.num_steps": "30",
     "train.batches.rows": "1",
+    "train.batches.row": "384",
     "train.save_every": "30",
     "train.log_every": "1",
     "train.dtype": "float32",
