@@ -162,8 +162,8 @@ class ChatTemplate:
             shown = next((s for s in shapes(messages[index].text) if real.startswith(s + following, at)), None)
             if shown is None:
                 raise BadInput(
-                    f"the chat template makes something else of message {index} than of plain words, as if tags stood"
-                    " in it; leave them out of the text"
+                    f"the chat template makes something else of message {index}, or of one beside it, than of plain"
+                    " words; leave out of the text what may be a tag to it"
                 )
             stretches += [Stretch(shown, index), Stretch(following)]
             at += len(shown) + len(following)
