@@ -91,8 +91,7 @@ def same(model: Model, theirs, prompt: list[int]) -> bool:
     reader, ids = Reader(model), prompt
     for place, expected in enumerate(told):
         scores = reader.after(ids)[-1]
-        end = theirs.generation_config.eos_token_id
-        scores[end] = float("-inf")  # as min_new_tokens does there
+        scores[theirs.generation_config.eos_token_id] = float("-inf")  # as min_new_tokens does there
         best = int(scores.argmax())
         if best != expected:
             gap = float(scores[best] - scores[expected])

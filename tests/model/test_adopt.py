@@ -129,6 +129,7 @@ def test_it_goes_back_as_it_came(folder: Path, adopted: Path, tmp_path: Path) ->
     a, b = (transformers.AutoTokenizer.from_pretrained(p) for p in (folder, tmp_path / "back"))
     text = "what do you see<|im_end|>"
     assert a(text)["input_ids"] == b(text)["input_ids"] and a.chat_template == b.chat_template
+    assert back.generation_config.eos_token_id == [2]
     assert (a.eos_token, a.pad_token) == (b.eos_token, b.pad_token)
     with pytest.raises(BadInput, match="not empty"):
         give_back(adopted, tmp_path / "back")

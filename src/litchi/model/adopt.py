@@ -74,6 +74,8 @@ def give_back(checkpoint: Path, folder: Path, *, dtype: torch.dtype = torch.floa
             "chat_template": c.template,
         }
         said |= {key: value for key, value in named.items() if value}
+        ends = [processor.tokenizer.control(name) for name in c.ends]
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends} if ends else {}))
     (folder / "tokenizer_config.json").write_text(json.dumps(said, indent=1))
     return family
 
