@@ -166,10 +166,12 @@ def convert(args: argparse.Namespace) -> int:
     import torch
 
     from litchi.model.adopt import adopt, give_back
-    from litchi.model.weights import load, save
+    from litchi.model.weights import ORIGINAL, load, save
 
     dtype = getattr(torch, args.dtype)
     source, target = Path(args.source), args.destination
+    if target.exists() and not (target / "meta.json").is_file() and (target.is_file() or any(target.iterdir())):
+        raise BadInput(f"{target} is there already and is no checkpoint: name a new folder")
     if args.to == "huggingface":
         print(f"{target}: written for transformers as {give_back(find_checkpoint(args.source), target, dtype=dtype)}")
     elif source.is_file() or (source.is_dir() and not (source / "meta.json").is_file()):
@@ -177,9 +179,10 @@ def convert(args: argparse.Namespace) -> int:
         print(f"{target}: read as {foreign.family}")
     else:
         loaded = load(find_checkpoint(args.source))
-        kept = {key: loaded.meta[key] for key in ("step", "seconds", "torch") if key in loaded.meta}
-        run = (loaded.folder / "run.json").read_text(encoding="utf-8")
-        save(target, loaded.model, loaded.processor, meta=kept, run=run, dtype=dtype)
+        kept = {k: loaded.meta[k] for k in ("step", "seconds", "torch", "from", "family") if k in loaded.meta}
+        texts = [loaded.folder / "run.json", loaded.folder / "model" / ORIGINAL]
+        run, original = (path.read_text(encoding="utf-8") if path.is_file() else "" for path in texts)
+        save(target, loaded.model, loaded.processor, meta=kept, run=run, original=original, dtype=dtype)
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     print(f"{target}: {size / 1e6:.2f} MB in {args.dtype}")
     return 0

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer as Backend
@@ -84,24 +85,17 @@ def test_it_answers_as_it_did(folder: Path, adopted: Path) -> None:
     answer = Generator(loaded.model, loaded.processor).complete(
         Request(parts=parts(*CHAT), params=SamplingParams(max_tokens=16))
     )
-    ends = {2}
-    assert list(answer.tokens) == [t for t in told if t not in ends][: len(answer.tokens)]
-    assert answer.finish == ("stop" if told[len(answer.tokens) : len(answer.tokens) + 1] == [2] else "length")
+    assert list(answer.tokens) == (told[: told.index(2)] if 2 in told else told) != []
+    assert answer.finish == ("stop" if 2 in told else "length")
 
 
 def test_training_reads_what_serving_reads(adopted: Path) -> None:
-    processor = load(adopted).processor
-    whole = processor.encode(Sample((*parts(*CHAT), *parts(("assistant", "a blue key"), weight=1.0)), "k", "s"), rng())
+    processor, rng = load(adopted).processor, np.random.default_rng(0)
+    whole = processor.encode(Sample((*parts(*CHAT), *parts(("assistant", "a blue key"), weight=1.0)), "k", "s"), rng)
     prompt = processor.prompt(parts(*CHAT)).tokens
     assert whole.tokens[: len(prompt)].tolist() == prompt
     learned = whole.tokens[1:][whole.weights[:-1] > 0].tolist()
     assert processor.tokenizer.backend.decode(learned, skip_special_tokens=False) == "a blue key<|im_end|>"
-
-
-def rng():
-    import numpy as np
-
-    return np.random.default_rng(0)
 
 
 def test_a_begun_answer_is_continued(adopted: Path) -> None:
@@ -119,7 +113,7 @@ def test_typed_control_tokens_stay_text(adopted: Path) -> None:
 def test_it_reads_text_only(adopted: Path) -> None:
     processor = load(adopted).processor
     with pytest.raises(BadInput, match="reads text only"):
-        processor.prompt((Image(pixels=__import__("numpy").zeros((8, 8, 3), "uint8"), role=Role.USER),))
+        processor.prompt((Image(pixels=np.zeros((8, 8, 3), np.uint8), role=Role.USER),))
 
 
 def test_it_goes_back_as_it_came(folder: Path, adopted: Path, tmp_path: Path) -> None:
@@ -146,6 +140,34 @@ def test_the_command_goes_both_ways(folder: Path, tmp_path: Path, capsys) -> Non
 def test_a_folder_that_is_none_is_refused(tmp_path: Path, capsys) -> None:
     assert main(["convert", str(tmp_path), str(tmp_path / "out")]) == 2
     assert "config.json is missing" in capsys.readouterr().err
+
+
+def test_a_text_ends_where_the_network_does(adopted: Path) -> None:
+    """256 tokens: a longer prompt is refused, and an answer ends there."""
+    loaded = load(adopted)
+    generator = Generator(loaded.model, loaded.processor)
+    long = parts(("user", "x" * 300))
+    with pytest.raises(BadInput, match="this model reads 256"):
+        generator.complete(Request(parts=long))
+    answer = generator.complete(
+        Request(parts=parts(("user", "x" * 200)), params=SamplingParams(temperature=1.0, max_tokens=999, seed=1))
+    )
+    assert answer.finish in ("stop", "length") and answer.prompt_tokens + len(answer.tokens) <= 256
+    with pytest.raises(BadInput, match="cannot draw"):
+        generator.complete(Request(parts=parts(*CHAT[:1]), want="image"))
+
+
+def test_written_again_it_is_the_same(adopted: Path, tmp_path: Path) -> None:
+    assert main(["convert", str(adopted), str(tmp_path / "again"), "--dtype", "float32"]) == 0
+    assert give_back(tmp_path / "again", tmp_path / "a") == give_back(adopted, tmp_path / "b")
+    for name in ("config.json", "model.safetensors", "generation_config.json", "tokenizer_config.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_nothing_that_is_no_checkpoint_is_written_over(folder: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    assert main(["convert", str(folder), str(tmp_path)]) == 2
+    assert "name a new folder" in capsys.readouterr().err and (tmp_path / "thesis.txt").is_file()
 
 
 LARGE = """

@@ -219,5 +219,7 @@ def test_pieces_of_a_34b_model_make_it_whole() -> None:
 def test_layouts_that_do_not_divide_are_refused() -> None:
     with pytest.raises(BadInput, match="56 heads cannot be divided over 16 ranks"):
         list(pieces(preset("yi-34b"), tensor=16, pipeline=1))
+    with pytest.raises(BadInput, match="from 1 up"):
+        list(pieces(preset("yi-34b"), tensor=0, pipeline=1))
     with pytest.raises(BadInput, match="60 layers"):
         list(pieces(preset("yi-34b"), tensor=8, pipeline=61))

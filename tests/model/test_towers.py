@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from litchi.config import BadInput
 from litchi.model.codec import PixelCodec, PixelCodecConfig
 from litchi.model.towers import BESIDE, load_tower, read_tower, tower_links
-from litchi.schema.processor import grid_places
 
 transformers = pytest.importorskip("transformers")
 
@@ -43,7 +42,6 @@ def test_a_tower_is_that_of_transformers(name: str, tmp_path: Path) -> None:
     pictures = [rng.integers(0, 256, (24, 24, 3), dtype=np.uint8) for _ in range(2)]
     rows = [PixelCodec(PixelCodecConfig(6)).encode(p) for p in pictures]
     place = torch.tensor([(r, c) for r in range(4) for c in range(4)]).repeat(2, 1)
-    assert len(grid_places(4, 4)) == 16
     with torch.no_grad():
         found = ours(torch.cat(rows), torch.arange(2).repeat_interleave(16), place)
         pixels = torch.stack([torch.from_numpy(p).permute(2, 0, 1).float() / 127.5 - 1 for p in pictures])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,17 @@ from litchi.model.families import parameters
 from litchi.model.tensorfile import open_tensors
 from litchi.model.tensorwriter import TensorWriter
 from litchi.model.weights import (
+    ORIGINAL,
     from_hugging_face,
     load_config,
     load_processor,
     publish,
+    replace_folder,
     save_processor,
     to_hugging_face,
 )
 from litchi.schema.backends import from_file, from_gguf
 from litchi.schema.foreign import ChatConfig, ForeignProcessor, ForeignTokenizer
-
-ORIGINAL = "original.json"
-"""Their config.json, kept beside ours: what of it says nothing to us is given back on the way out."""
 
 CHECKED_PARAMETERS = 2_000_000_000
 """Models up to this size are loaded once more for golden logits; of larger ones only the files are sealed."""
@@ -53,11 +53,16 @@ def adopt(source: Path, folder: Path, *, dtype: torch.dtype = torch.bfloat16) ->
 
 
 def give_back(checkpoint: Path, folder: Path, *, dtype: torch.dtype = torch.float32) -> str:
-    """Write a checkpoint's language model as a Hugging Face folder; returns its family."""
-    config = load_config(checkpoint)
+    """Write a checkpoint's language model as a Hugging Face folder; returns its family.
+
+    What reads and draws pictures stays behind. The folder is written beside its place and renamed into it.
+    """
+    config = replace(load_config(checkpoint), modalities={})
     original = checkpoint / "model" / ORIGINAL
     if folder.exists() and any(folder.iterdir()):
         raise BadInput(f"{folder} is not empty: name a new folder")
+    place, folder = folder, folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(folder, ignore_errors=True)
     with open_tensors(checkpoint / "model") as tensors:
         known = {from_hugging_face(name): name for name in tensors.entries}
         said = read_json(original) if original.is_file() else None
@@ -77,6 +82,7 @@ def give_back(checkpoint: Path, folder: Path, *, dtype: torch.dtype = torch.floa
         ends = [processor.tokenizer.control(name) for name in c.ends]
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends} if ends else {}))
     (folder / "tokenizer_config.json").write_text(json.dumps(said, indent=1))
+    replace_folder(folder, place)
     return family
 
 

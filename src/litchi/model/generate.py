@@ -22,6 +22,8 @@ from litchi.schema.request import DRAWING, Completion, Delta, Request, SamplingP
 from litchi.schema.sample import Action, Image, Role
 from litchi.schema.sequence import Modality, pack, window
 
+CANNOT_DRAW = "this checkpoint has no codec, so that it cannot draw: ask it for words"
+
 FLOW_STEPS = 20
 """Euler steps of a flow when the request names none."""
 
@@ -81,7 +83,15 @@ class Generator:
     def begin(self, request: Request) -> State:
         cache = KVCache.empty(self.model.config.num_layers) if self.cached else None
         generator = torch.Generator().manual_seed(request.params.seed)
-        return State(self.processor.prompt(request.parts), cache, generator)
+        state = State(self.processor.prompt(request.parts), cache, generator)
+        if self.full(state):
+            most = self.model.config.max_length
+            raise BadInput(f"the prompt has {len(state.builder.tokens)} tokens, this model reads {most}: shorten it")
+        return state
+
+    def full(self, state: State) -> bool:
+        """Whether the document has as many tokens as the network may read."""
+        return 0 < self.model.config.max_length <= len(state.builder.tokens)
 
     # ---- text ----
 
@@ -110,10 +120,14 @@ class Generator:
             sure = max(len(said), len(text) - held(text, params.stop))
             yield Delta(text=text[len(said) : sure], tokens=(index,), logprobs=logprobs)
             said = text[:sure]
+            if self.full(state):
+                break
         yield Delta(text=tokenizer.decode(ids)[len(said) :], finish="length")
 
     def plan(self, state: State, request: Request) -> Iterator[Delta]:
         """Sample words until the model opens a picture, and draw it: the turn may not end without one."""
+        if self.processor.codec is None:
+            raise BadInput(CANNOT_DRAW)
         tokenizer, params = self.processor.tokenizer, request.params
         self.processor.open(state.builder, request.parts)
         ids: list[int] = []
@@ -144,7 +158,7 @@ class Generator:
         foreseen = role is Role.NONE
         modality, codec = self.processor.codec_for(frame=foreseen)
         if codec is None:
-            raise BadInput("this checkpoint has no codec, so that it cannot draw")
+            raise BadInput(CANNOT_DRAW)
         if request.height % codec.patch or request.width % codec.patch:
             raise BadInput(
                 f"a picture's sides must be multiples of {codec.patch}, not {request.height}x{request.width}"

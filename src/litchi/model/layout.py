@@ -52,6 +52,8 @@ def pieces(c: ModelConfig, *, tensor: int, pipeline: int) -> Iterator[Piece]:
 
 def check(c: ModelConfig, tensor: int, pipeline: int) -> None:
     sizes = {"heads": c.num_heads, "key-value heads": c.num_kv_heads, "an MLP width": c.mlp_width}
+    if tensor < 1:
+        raise BadInput(f"{tensor} ranks cannot hold a tensor: give --tensor a number from 1 up")
     for what, size in (sizes | {"a vocabulary": c.vocab_size}).items():
         if size % tensor:
             raise BadInput(f"{size} {what} cannot be divided over {tensor} ranks: choose a divisor")

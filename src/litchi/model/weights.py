@@ -34,6 +34,9 @@ from litchi.schema.sequence import Modality, TokenSequence, Vectors, pack
 from litchi.schema.tokenizer import Tokenizer
 
 FORMAT = 1
+ORIGINAL = "original.json"
+"""The config.json of a model that others trained, kept beside ours: it is given back on the way out."""
+
 GOLDEN_TOLERANCE = 2e-3
 """Largest difference of golden logits in fp32; machines differ in the order of their sums."""
 
@@ -73,6 +76,7 @@ def save(
     *,
     meta: Mapping[str, object],
     run: str = "",
+    original: str = "",
     dtype: torch.dtype = torch.float32,
     extra: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> None:
@@ -91,6 +95,8 @@ def save(
     save_processor(draft / "processor", processor)
     if run:
         (draft / "run.json").write_text(run)
+    if original:
+        (draft / "model" / ORIGINAL).write_text(original)
     for path, tensors in (extra or {}).items():
         (draft / path).parent.mkdir(parents=True, exist_ok=True)
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, draft / path)
