@@ -30,10 +30,10 @@ from litchi.train.schedule import Trapezoid
 
 CODEC = TileCodecConfig(patch=16, tile=8, levels=(4, 4, 4, 4))
 
-TOKENS = {"talk": 113, "describe": 73, "draw": 64, "foresee": 171, "play": 156, "watch": 151, "act": 103}
+TOKENS = {"talk": 116, "describe": 73, "draw": 64, "foresee": 171, "play": 156, "watch": 151, "act": 103}
 """Mean length of a sample of each source."""
 
-SHARES = {"talk": 0.38, "describe": 0.12, "draw": 0.20, "foresee": 0.10, "play": 0.02, "watch": 0.09, "act": 0.09}
+SHARES = {"talk": 0.40, "describe": 0.12, "draw": 0.18, "foresee": 0.10, "play": 0.02, "watch": 0.09, "act": 0.09}
 """Of the tokens that are read in training, how many are of each source."""
 
 EMPHASIS = {"talk": 2.0, "watch": 8.0, "act": 5.0}
@@ -63,7 +63,7 @@ def run() -> Run:
             modalities={Modality.IMAGE: Mask(CODEC.digits, CODEC.codes)},
         ),
         train=TrainConfig(
-            num_steps=9_800,
+            num_steps=9_600,
             batches=BatchConfig(rows=14, row=224, emphasis=EMPHASIS),
             optimizer=OptimizerConfig(lr=1.2e-3, matrix_lr=1.8e-3),
             schedule=Trapezoid(warmup=100, decay=0.75),

@@ -54,7 +54,7 @@ def test_a_dialogue_is_a_picture_and_turns_of_which_answers_are_learned(talks: l
 
 
 def test_replies_that_compare_think_aloud_and_think_right(talks: list[Sample]):
-    """Every place and every number of steps in a reply is true, and of the things that were asked about."""
+    """Every place, every number of steps and every side in a reply is true, and of the things that were asked about."""
     seen = 0
     for sample in talks:
         scene = scene_of(sample)
@@ -62,9 +62,7 @@ def test_replies_that_compare_think_aloud_and_think_right(talks: list[Sample]):
         for part, turn in zip(sample.parts[2::2], sample.meta["turns"], strict=True):
             if part.text == turn["answer"]:
                 continue
-            told = re.findall(
-                r"(the [a-z ]+) is at row (\d), column (\d)(?:, (\d) \+ (\d) = (\d+) steps)?", part.text.lower()
-            )
+            told = re.findall(TOLD, part.text.lower())
             things = re.findall(r"the \w+ (?:ball|key|box)", turn["question"].lower())
             assert [name for name, *_ in told if name != "the agent"] == things
             for name, row, column, *sums in told:
@@ -73,8 +71,20 @@ def test_replies_that_compare_think_aloud_and_think_right(talks: list[Sample]):
                     rows, columns, total = map(int, sums)
                     assert (rows, columns) == tuple(abs(a - b) for a, b in zip(cells[name], scene.agent, strict=False))
                     assert total == rows + columns
+            if turn["kind"] == "relation":
+                assert re.search(r"It is (.*?)\.", part.text)[1] == sides(*(cells[name] for name in things))
             seen += 1
     assert seen > NUM_TALKS / 2
+
+
+def sides(x: tuple[int, int], y: tuple[int, int]) -> str:
+    """How the cell x lies from the cell y, said without the generator's words."""
+    said = []
+    if x[0] != y[0]:
+        said.append("above" if x[0] < y[0] else "below")
+    if x[1] != y[1]:
+        said.append("to the left" if x[1] < y[1] else "to the right")
+    return " and ".join(said)
 
 
 def test_a_question_says_little_about_its_answer(talks: list[Sample]):

@@ -184,14 +184,14 @@ def follow_up(last: Question, new: Question) -> str | None:
 # ---- how it is answered ----
 
 THINKS = ("relation", "nearest")
-"""Kinds whose answer compares two things: it says first where they are, and then what follows."""
+"""Kinds whose answer compares two things: it says first where they are, then how they compare, and then what follows."""
 
 
 def reply(question: Question, scene: Scene) -> str:
     """The answer as it is given. Where two things are compared, the last sentence is the answer: "So yes."."""
     match question.kind, question.topic:
         case "relation", (x, _, y):
-            return f"{stands(x)}. {stands(y)}. So {question.answer}."
+            return f"{stands(x)}. {stands(y)}. {lies(x, y)}. So {question.answer}."
         case "nearest", (x, y):
             row, column, _ = scene.agent
             agent = f"The agent is at {place(row, column)}."
@@ -201,6 +201,13 @@ def reply(question: Question, scene: Scene) -> str:
 
 def stands(thing: Thing) -> str:
     return f"The {thing.name} is at {place(thing.row, thing.column)}"
+
+
+def lies(x: Thing, y: Thing) -> str:
+    """On which sides of y x lies: "It is above and to the left"."""
+    vertical = {-1: "above", 0: "", 1: "below"}[int(np.sign(x.row - y.row))]
+    across = {-1: "to the left", 0: "", 1: "to the right"}[int(np.sign(x.column - y.column))]
+    return "It is " + " and ".join(filter(None, (vertical, across)))
 
 
 def steps(thing: Thing, scene: Scene) -> str:
