@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -193,7 +194,7 @@ def test_what_cannot_be_computed_is_refused(change: dict, reason: str) -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_survives_the_way_to_transformers_and_back(name: str) -> None:
-    c = preset(name)
+    c = replace(preset(name), modalities={})
     family = "gpt2" if c.places else "qwen2" if c.qkv_bias else "llama"
     assert read_config(json.loads(json.dumps(write_config(c, family)))) == c
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,18 @@ from hypothesis import strategies as st
 
 from litchi.schema.arrays import IGNORE
 from litchi.schema.processor import Builder
-from litchi.schema.sequence import COLUMNS, Modality, TokenSequence, pack, pack_rows, padding, split, supervised, window
+from litchi.schema.sequence import (
+    COLUMNS,
+    Modality,
+    TokenSequence,
+    Vectors,
+    pack,
+    pack_rows,
+    padding,
+    split,
+    supervised,
+    window,
+)
 
 laws = settings(max_examples=30, deadline=None, derandomize=True)
 PAD, PATCH = 0, 9
@@ -36,7 +49,7 @@ def same(a: TokenSequence, b: TokenSequence) -> bool:
     if a.vectors.keys() != b.vectors.keys():
         return False
     columns = all(torch.equal(getattr(a, name), getattr(b, name)) for name in COLUMNS)
-    names = ("index", "value", "time", "weight")
+    names = [f.name for f in fields(Vectors)]
     vectors = all(torch.equal(getattr(v, n), getattr(b.vectors[m], n)) for m, v in a.vectors.items() for n in names)
     return columns and vectors
 
@@ -74,6 +87,18 @@ def test_rows_hold_their_documents_and_padding_that_weighs_nothing(rows: list[li
     mine = [supervised(s) for s in members]
     for modality, weight in supervised(batch).items():
         assert weight == pytest.approx(sum(each.get(modality, 0.0) for each in mine))
+
+
+def test_a_window_shows_the_tower_whole_pictures() -> None:
+    """A tower reads all patches of a picture together, so those outside the window come along and stand nowhere."""
+    builder = Builder()
+    for start in (0.0, 10.0):
+        rows = start + torch.arange(3.0)[:, None]
+        builder.vectors(Modality.VISION, rows, torch.ones(3), 0.0, [(0, i) for i in range(3)], PATCH)
+        builder.time += 1
+    v = window(builder.build(), 4, 6).vectors[Modality.VISION]
+    assert v.index.tolist() == [-1, 0, 1] and v.value[:, 0].tolist() == [10.0, 11.0, 12.0]
+    assert v.place[:, 0].tolist() == [0, 0, 0]
 
 
 def test_a_row_that_is_too_full_is_refused() -> None:

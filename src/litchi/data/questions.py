@@ -184,7 +184,7 @@ def follow_up(last: Question, new: Question) -> str | None:
 # ---- how it is answered ----
 
 THINKS = ("relation", "nearest")
-"""Kinds whose answer compares two things: it says first where they are, then how they compare, and then what follows."""
+"""Kinds whose answer compares two things: it says where they are, how they compare, and only then what follows."""
 
 
 def reply(question: Question, scene: Scene) -> str:

@@ -16,8 +16,10 @@ from litchi.model.convert import Foreign, export, open_foreign, read_json, strea
 from litchi.model.families import parameters
 from litchi.model.tensorfile import open_tensors
 from litchi.model.tensorwriter import TensorWriter
+from litchi.model.vlm import CLASSES as VLMS
 from litchi.model.weights import (
     ORIGINAL,
+    PREPROCESSOR,
     from_hugging_face,
     load_config,
     load_processor,
@@ -28,6 +30,7 @@ from litchi.model.weights import (
 )
 from litchi.schema.backends import from_file, from_gguf
 from litchi.schema.foreign import ChatConfig, ForeignProcessor, ForeignTokenizer
+from litchi.schema.sight import Sight, read_sight
 
 CHECKED_PARAMETERS = 2_000_000_000
 """Models up to this size are loaded once more for golden logits; of larger ones only the files are sealed."""
@@ -47,18 +50,22 @@ def adopt(source: Path, folder: Path, *, dtype: torch.dtype = torch.bfloat16) ->
     if foreign.original:
         (draft / "model" / ORIGINAL).write_text(json.dumps(foreign.original, indent=1))
     save_processor(draft / "processor", processor)
+    if processor.eye is not None:
+        (draft / "processor" / PREPROCESSOR).write_text(json.dumps(optional(source / PREPROCESSOR), indent=1))
     small = sum(shape.numel() for shape in shapes.values()) <= CHECKED_PARAMETERS
     publish(draft, folder, meta={"from": source.name, "family": foreign.family}, check=small)
     return foreign
 
 
 def give_back(checkpoint: Path, folder: Path, *, dtype: torch.dtype = torch.float32) -> str:
-    """Write a checkpoint's language model as a Hugging Face folder; returns its family.
+    """Write a checkpoint as a Hugging Face folder; returns its family.
 
-    What reads and draws pictures stays behind. The folder is written beside its place and renamed into it.
+    Of a model of ours what reads and draws pictures stays behind; one that others trained goes back whole. The folder
+    is written beside its place and renamed into it.
     """
-    config = replace(load_config(checkpoint), modalities={})
-    original = checkpoint / "model" / ORIGINAL
+    config, original = load_config(checkpoint), checkpoint / "model" / ORIGINAL
+    if not original.is_file():
+        config = replace(config, modalities={})
     if folder.exists() and any(folder.iterdir()):
         raise BadInput(f"{folder} is not empty: name a new folder")
     place, folder = folder, folder.with_name(f".{folder.name}.writing")
@@ -81,6 +88,8 @@ def give_back(checkpoint: Path, folder: Path, *, dtype: torch.dtype = torch.floa
         said |= {key: value for key, value in named.items() if value}
         ends = [processor.tokenizer.control(name) for name in c.ends]
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends} if ends else {}))
+    if (looks := checkpoint / "processor" / PREPROCESSOR).is_file():
+        shutil.copy(looks, folder / PREPROCESSOR)
     (folder / "tokenizer_config.json").write_text(json.dumps(said, indent=1))
     replace_folder(folder, place)
     return family
@@ -98,7 +107,18 @@ def processor_of(source: Path, foreign: Foreign) -> ForeignProcessor:
     tokenizer = ForeignTokenizer(backend, config)
     if len(tokenizer) > foreign.config.vocab_size:
         raise BadInput(f"{source}: the tokenizer has {len(tokenizer)} ids, the model {foreign.config.vocab_size}")
-    return ForeignProcessor(tokenizer)
+    return ForeignProcessor(tokenizer, eye_of(source, foreign, tokenizer))
+
+
+def eye_of(source: Path, foreign: Foreign, tokenizer: ForeignTokenizer) -> Sight | None:
+    """How the model looks at pictures, if it sees."""
+    if foreign.family not in VLMS:
+        return None
+    index = foreign.original.get("image_token_id", foreign.original.get("image_token_index"))
+    token = tokenizer.backend.id_to_token(index) if isinstance(index, int) and index >= 0 else None
+    if token is None:
+        raise BadInput(f"{source}: config.json gives image_token_id={index!r}, which the tokenizer does not know")
+    return Sight(read_sight(foreign.original, optional(source / PREPROCESSOR), token))
 
 
 def folder_config(source: Path, config: Mapping[str, Any], backend) -> ChatConfig:

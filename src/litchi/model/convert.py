@@ -16,19 +16,11 @@ import torch
 from torch import Tensor
 
 from litchi.config import BadInput, nearest
-from litchi.model.families import (
-    Link,
-    family_of,
-    fitting_family,
-    links,
-    parameters,
-    read_config,
-    read_gguf,
-    write_config,
-)
+from litchi.model.families import Link, fitting_family, parameters, read_gguf, write_config
 from litchi.model.network import Model, ModelConfig
 from litchi.model.tensorfile import TensorFile, check_finite, open_tensors
 from litchi.model.tensorwriter import TensorWriter
+from litchi.model.vlm import family_of, links, read_config, spellings
 
 LEFT_OVER = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", "rope_freqs.weight")
 """Ends of names of tensors that are no weights: tables that old versions saved and anyone can compute."""
@@ -64,8 +56,8 @@ def open_foreign(path: Path) -> Foreign:
 
 
 def resolve(link: Link, tensors: TensorFile, family: str) -> Link:
-    """The link under the name that this file has: the body of a model is also saved without its outer prefix."""
-    for name in (link.theirs, link.theirs.partition(".")[2]):
+    """The link under the name that this file has."""
+    for name in spellings(link.theirs):
         if name in tensors.entries:
             return Link(name, link.ours, link.form)
     hint = " (config.json says that the head is not the table: tie_word_embeddings)" if "lm_head" in link.theirs else ""
@@ -84,9 +76,9 @@ def check(known: tuple[Link, ...], config: ModelConfig, tensors: TensorFile) -> 
             )
     left = [name for name in tensors.entries if not name.endswith(LEFT_OVER)]
     over = set(left) - {link.theirs for link in known}
-    if config.tied and (head := over & {"lm_head.weight", "output.weight"}):
-        check_tied(tensors, head.pop(), known)
-        over -= {"lm_head.weight", "output.weight"}
+    if config.tied and (heads := {name for name in over if name == "output.weight" or name.endswith("lm_head.weight")}):
+        check_tied(tensors, min(heads), known)
+        over -= heads
     if over:
         raise BadInput(f"{tensors.path} holds {len(over)} tensors that nothing reads, such as {min(over)!r}")
 

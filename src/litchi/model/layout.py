@@ -1,8 +1,8 @@
 """Which part of which tensor lies on which rank, by tensor and pipeline parallelism: names and sizes, no weights.
 
 The rule is Megatron's: what reads the residual stream is divided by its rows, what writes to it by its columns, tables
-of the vocabulary by their rows; norms are copied. Layers are dealt to stages in order, the table to the first stage,
-the last norm and the head to the last one.
+of the vocabulary by their rows; norms, and what reads pictures, are copied. Layers are dealt to stages in order, the
+table to the first stage, the last norm and the head to the last one.
 """
 
 from __future__ import annotations
@@ -72,6 +72,8 @@ def stages_of(name: str, c: ModelConfig, pipeline: int) -> list[int]:
 
 
 def split_dim(name: str, num_dims: int) -> int | None:
+    if name.startswith("readers."):
+        return None
     module = name.split(".")[-2]
     if module in BY_ROWS:
         return 0

@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from litchi.model.attention import Attend, attention_for
@@ -229,7 +229,7 @@ class Reader(nn.Module):
         self.place = nn.Embedding(2 * c.grid, c.width)
         self.time = nn.Linear(len(HARMONICS), c.width, bias=False)
 
-    def forward(self, v: Vectors, picture_N: Int[Tensor, "N"], place_N2: Int[Tensor, "N 2"]) -> Float[Tensor, "N D"]:
+    def forward(self, v: Vectors) -> Float[Tensor, "N D"]:
         match self.kind:
             case Mask(levels=levels):
                 digit_NC = torch.where(v.value == MASK, levels, v.value).long()
@@ -238,7 +238,8 @@ class Reader(nn.Module):
             case Flow():
                 x_ND = self.value(v.value)
             case Tower():
-                return self.tower(v.value, picture_N, place_N2)
+                return self.tower(v.value, v.place)
+        place_N2 = (v.place[:, 1:] + self.grid // 2).clamp(0, self.grid - 1)
         offset = torch.tensor([0, self.grid], device=place_N2.device)
         harmonic = torch.tensor(HARMONICS, device=v.time.device) * v.time[:, None]
         return x_ND + self.place(place_N2 + offset).sum(1) + self.time(harmonic.cos())
@@ -303,10 +304,11 @@ class Model(nn.Module):
         if self.config.places:
             x_TD = x_TD + self.embed_positions(batch.positions[:, 0])
         for modality, v in batch.vectors.items():
-            picture_N = picture_numbers(batch.docs[v.index], batch.spans[v.index])
-            place_N2 = (batch.positions[v.index, 1:] - batch.positions[v.index, :1]) + self.config.grid // 2
-            place_N2 = place_N2.clamp(0, self.config.grid - 1)
-            x_TD = x_TD.index_copy(0, v.index, self.readers[modality](v, picture_N, place_N2).to(x_TD.dtype))
+            index_N, x_ND = v.index, self.readers[modality](v).to(x_TD.dtype)
+            if modality == Modality.VISION:  # some patches are read by the tower alone
+                stands_N = (index_N >= 0).nonzero()[:, 0]
+                index_N, x_ND = index_N[stands_N], x_ND[stands_N]
+            x_TD = x_TD.index_copy(0, index_N, x_ND)
         return x_TD
 
     def route(self, batch: Batch) -> list[Tensor]:
@@ -324,11 +326,6 @@ class Model(nn.Module):
     def clean(self, x_ND: Float[Tensor, "N D"], modality: str) -> Tensor:
         """What the vectors are without corruption: digit scores (N, C, L) for masks, values (N, C) for flows."""
         return self.writers[modality](x_ND)
-
-
-def picture_numbers(docs_N: Tensor, spans_N: Tensor) -> Int[Tensor, "N"]:
-    """One number for each (document, span) pair."""
-    return docs_N * (int(spans_N.max()) + 1 if len(spans_N) else 1) + spans_N
 
 
 def initialise(model: Model, seed: int) -> None:

@@ -10,6 +10,8 @@ from dataclasses import replace
 from litchi.config import BadInput
 from litchi.model.network import ModelConfig
 from litchi.model.rope import Llama3
+from litchi.model.vision import Tower
+from litchi.schema.sequence import Modality
 
 LLAMA = ModelConfig(vocab_size=32_000, qk_norm=False, tied=False, epsilon=1e-5)
 """What the Llamas share; their sizes replace these."""
@@ -26,7 +28,22 @@ YI_34B = replace(
     theta=5_000_000.0,
     max_length=4_096,
 )
-"""01-ai/Yi-34B; SUS-Chat-34B and the trunk of LLaVA-1.6-34B are the same network."""
+"""01-ai/Yi-34B; SUS-Chat-34B is the same network, and so is the trunk of LLaVA-1.6-34B with a longer table."""
+
+CLIP_L_336 = Tower(
+    channels=14 * 14 * 3,
+    width=1_024,
+    num_layers=24,
+    num_heads=16,
+    grid=24,
+    mlp_width=4_096,
+    activation="quick_gelu",
+    table="cells",
+    class_token=True,
+    patch_bias=False,
+    norm_before=True,
+)
+"""openai/clip-vit-large-patch14-336, as LLaVA takes it; its table of 64,064 rows in LLaVA-1.6-34B is from memory."""
 
 PRESETS: dict[str, ModelConfig] = {
     "gpt2": ModelConfig(
@@ -89,6 +106,11 @@ PRESETS: dict[str, ModelConfig] = {
     ),
     "yi-34b": YI_34B,
     "sus-chat-34b": YI_34B,
+    "llava-1.6-34b": replace(
+        YI_34B,
+        vocab_size=64_064,
+        modalities={str(Modality.VISION): replace(CLIP_L_336, take=23, newline=True)},
+    ),
 }
 
 

@@ -24,6 +24,14 @@ TOWERS = ("clip_vision_model", "siglip_vision_model", "dinov2", "vit")
 BESIDE = ("pooler.", "head.", "embeddings.mask_token", "classifier.")
 """Beginnings of names of tensors that no row of a patch depends on."""
 
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "clip_vision_model": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
+    "siglip_vision_model": {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
+    "dinov2": {"hidden_act": "gelu", "layer_norm_eps": 1e-6},
+    "vit": {"hidden_act": "gelu", "layer_norm_eps": 1e-12},
+}
+"""What transformers takes where a configuration is silent."""
+
 ACTIVATIONS: dict[str, Activation] = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
 
 
@@ -32,11 +40,12 @@ def read_tower(config: Json) -> Tower:
     family = config.get("model_type")
     if family not in TOWERS:
         raise BadInput(f"a tower of model_type {family!r} cannot be read; these can: {', '.join(TOWERS)}")
+    config = DEFAULTS[family] | config
     asked = Asked(config, family)
     asked.only("num_channels", 3, 3)
     asked.only("qkv_bias", True, True)
     asked.only("use_swiglu_ffn", False, False)
-    asked.only("hidden_act", "gelu", *ACTIVATIONS)
+    asked.only("hidden_act", None, *ACTIVATIONS)
     patch, side, width = asked.number("patch_size"), asked.number("image_size"), asked.number("hidden_size")
     ratio = config.get("mlp_ratio", 4)
     asked.divided(width, asked.number("num_attention_heads"))
@@ -47,8 +56,8 @@ def read_tower(config: Json) -> Tower:
         num_heads=asked.number("num_attention_heads"),
         grid=side // patch,
         mlp_width=int(width * ratio) if family == "dinov2" else asked.number("intermediate_size"),
-        activation=ACTIVATIONS[config.get("hidden_act", "gelu")],
-        epsilon=config.get("layer_norm_eps", 1e-6),
+        activation=ACTIVATIONS[config["hidden_act"]],
+        epsilon=config["layer_norm_eps"],
         table="cells",
         class_token=family != "siglip_vision_model",
         patch_bias=family != "clip_vision_model",

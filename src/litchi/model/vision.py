@@ -43,6 +43,14 @@ class Tower:
     norm_after: bool = True
     scales: bool = False
     """Whether what a layer adds is scaled value by value (DINOv2)."""
+    take: int = 0
+    """Layers that are run; their rows are taken as they are (LLaVA leaves out the last). 0 runs all, and the norm."""
+    merge: int = 1
+    """A token shows merge x merge patches, whose rows the projector reads as one (SmolVLM's pixel shuffle)."""
+    projector: Literal["mlp", "linear"] = "mlp"
+    """Two layers with GELU between (LLaVA), or one matrix (SmolVLM)."""
+    newline: bool = False
+    """Whether a learned row ends each line of patches (LLaVA-NeXT)."""
 
 
 def activation(name: Activation) -> Callable[[Tensor], Tensor]:
@@ -130,9 +138,14 @@ class VisionEncoder(nn.Module):
             x_ND, picture_N = torch.cat([row_D.expand(first, -1), x_ND]), torch.cat([pictures, picture_N])
         x_ND = self.pre_layernorm(x_ND)
         mask_NN = picture_N[:, None] == picture_N[None]
-        for layer in self.layers:
+        if take := self.config.take:
+            return self.run(x_ND, mask_NN, take)[first:]
+        return self.post_layernorm(self.run(x_ND, mask_NN, len(self.layers)))[first:]
+
+    def run(self, x_ND: Tensor, mask_NN: Tensor, num_layers: int) -> Tensor:
+        for layer in self.layers[:num_layers]:
             x_ND = layer(x_ND, mask_NN)
-        return self.post_layernorm(x_ND)[first:]
+        return x_ND
 
     def places(self, place_N2: Tensor) -> Tensor:
         grid, first = self.config.grid, int(self.config.class_token)
@@ -143,14 +156,40 @@ class VisionEncoder(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """The tower and the MLP that brings its rows to the trunk's width."""
+    """The tower and what brings its rows to the trunk's width."""
 
     def __init__(self, c: Tower, width: int) -> None:
         super().__init__()
+        self.config = c
         self.encoder = VisionEncoder(c)
-        self.project = nn.Sequential(nn.Linear(c.width, width), nn.GELU(), nn.Linear(width, width))
+        wide = c.width * c.merge**2
+        match c.projector:
+            case "mlp":
+                self.project = nn.Sequential(nn.Linear(wide, width), nn.GELU(), nn.Linear(width, width))
+            case "linear":
+                self.project = nn.Linear(wide, width, bias=False)
+        if c.newline:
+            self.newline = nn.Parameter(torch.zeros(width))
 
-    def forward(
-        self, value_NC: Float[Tensor, "N C"], picture_N: Int[Tensor, "N"], place_N2: Int[Tensor, "N 2"]
-    ) -> Float[Tensor, "N D"]:
-        return self.project(self.encoder(value_NC, picture_N, place_N2))
+    def forward(self, value_NC: Float[Tensor, "N C"], place_N3: Int[Tensor, "N 3"]) -> Float[Tensor, "N D"]:
+        """One row for each token. `place` is its picture, and its row and column counted from the middle."""
+        if not self.config.newline:
+            return self.project(self.rows(value_NC, place_N3))
+        x_ND = self.newline.expand(len(value_NC), -1)
+        seen = (place_N3[:, 0] >= 0).nonzero()[:, 0]
+        return x_ND.index_copy(0, seen, self.project(self.rows(value_NC[seen], place_N3[seen])))
+
+    def rows(self, value_NC: Tensor, place_N3: Tensor) -> Tensor:
+        """The encoder's rows, those of the patches of one token side by side."""
+        c, m = self.config, self.config.merge
+        place_N2 = (place_N3[:, 1:] + c.grid // m // 2) * m
+        if m == 1:
+            return self.encoder(value_NC, place_N3[:, 0], place_N2.clamp(0, c.grid - 1))
+        within = torch.cartesian_prod(*[torch.arange(m, device=value_NC.device)] * 2)
+        place = (place_N2[:, None] + within).flatten(0, 1).clamp(0, c.grid - 1)
+        picture = place_N3[:, 0].repeat_interleave(m * m)
+        return (
+            self.encoder(value_NC.unflatten(1, (m * m, -1)).flatten(0, 1), picture, place)
+            .unflatten(0, (-1, m * m))
+            .flatten(1)
+        )

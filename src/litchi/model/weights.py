@@ -31,11 +31,14 @@ from litchi.schema.backends import from_file
 from litchi.schema.foreign import ChatConfig, ForeignProcessor, ForeignTokenizer
 from litchi.schema.processor import Noising, Processor, Space
 from litchi.schema.sequence import Modality, TokenSequence, Vectors, pack
+from litchi.schema.sight import Sight, SightConfig
 from litchi.schema.tokenizer import Tokenizer
 
 FORMAT = 1
 ORIGINAL = "original.json"
 """The config.json of a model that others trained, kept beside ours: it is given back on the way out."""
+PREPROCESSOR = "preprocessor_config.json"
+"""The same for how it looks at pictures."""
 
 GOLDEN_TOLERANCE = 2e-3
 """Largest difference of golden logits in fp32; machines differ in the order of their sums."""
@@ -54,6 +57,8 @@ class ProcessorConfig:
     """Pixels of a token of a frame of a world or clip; 0 codes frames as pictures are coded."""
     chat: ChatConfig | None = None
     """How a language model that others trained lays out its text; None for ours."""
+    eye: SightConfig | None = None
+    """How such a model looks at pictures; None for one that does not see."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +124,8 @@ def save_processor(folder: Path, processor: Processor) -> None:
     processor.tokenizer.backend.save(str(folder / "tokenizer.json"), pretty=False)
     codec = processor.codec
     if isinstance(processor, ForeignProcessor):
-        config = ProcessorConfig(None, {}, chat=processor.tokenizer.config)
+        eye = None if processor.eye is None else processor.eye.config
+        config = ProcessorConfig(None, {}, chat=processor.tokenizer.config, eye=eye)
         (folder / "processor.json").write_text(to_json(config))
         return
     sight = getattr(processor.sight, "config", None)
@@ -214,7 +220,8 @@ def check_files(folder: Path, meta: dict) -> None:
 def load_processor(folder: Path) -> Processor:
     config = from_json(ProcessorConfig, (folder / "processor.json").read_text())
     if config.chat is not None:
-        return ForeignProcessor(ForeignTokenizer(from_file(folder / "tokenizer.json"), config.chat))
+        eye = None if config.eye is None else Sight(config.eye)
+        return ForeignProcessor(ForeignTokenizer(from_file(folder / "tokenizer.json"), config.chat), eye)
     codec = None if config.codec is None else build_codec(config.codec)
     if isinstance(codec, TileCodec):
         codec.load_state_dict(load_tensors(folder / "codec.safetensors"))
@@ -280,7 +287,8 @@ def golden(model: Model) -> list[float]:
         case Mask(digits, levels):
             index = torch.arange(4, 8)
             value = (torch.arange(4 * digits) * 31 % levels).float().view(4, digits)
-            vectors[Modality.IMAGE] = Vectors(index, value, torch.ones(4), torch.zeros(4))
+            place = torch.tensor([(0, 0, 0)]).expand(4, -1)  # all in the middle, as the positions below say
+            vectors[Modality.IMAGE] = Vectors(index, place, value, torch.ones(4), torch.zeros(4))
     spans = torch.tensor([0, 1, 2, 3, 4, 4, 4, 4, 5, 6, 7, 8])
     ones = torch.ones(count, dtype=torch.bool)
     document = TokenSequence(tokens, torch.full((count,), -100), torch.zeros(count), positions, spans, ones, vectors)

@@ -46,12 +46,29 @@ class Message:
     role: Role
     text: str
     weight: float = 0.0
+    pictures: tuple[int, ...] = ()
+    """Where in the text the speaker shows a picture, in characters, in order."""
 
     def __post_init__(self) -> None:
         if self.role not in SPEAKERS:
             raise BadInput(f"a message is by {', '.join(SPEAKERS)} and not by {self.role.value!r}; name one of these")
         if self.weight < 0 or (self.weight and self.role is not Role.ASSISTANT):
             raise BadInput(f"a message by {self.role.value} has weight {self.weight}: only an assistant's may, above 0")
+
+    @property
+    def content(self) -> list[str | None]:
+        """The text in pieces, None for each picture between them."""
+        if not self.pictures:
+            return [self.text]
+        found: list[str | None] = []
+        for start, stop in pairwise((0, *self.pictures, len(self.text))):
+            found += [self.text[start:stop]] * (stop > start) + [None]
+        return found[:-1]
+
+
+def said(messages: Sequence[Message]) -> list[Message]:
+    """All that is said, in order, each piece of text between pictures a message of its own."""
+    return [Message(m.role, text, m.weight) for m in messages for text in m.content if text is not None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +136,8 @@ class ChatTemplate:
         for name in filter(None, (bos, eos)):
             if name not in self.speller.secret:
                 raise BadInput(f"{name!r} is no control token of this tokenizer: {', '.join(self.speller.secret)} are")
+        self.listed = False
+        self.listed = self.wants_lists()
         self.lead = self.find_lead()
         probes = list(self.probes())
         self.headers = header_pattern(role_headers(probes))
@@ -131,11 +150,11 @@ class ChatTemplate:
         refuses the conversation or does more to a text than trim or quote it, and if a text holds a role header that
         the tokenizer can spell in one way only.
         """
-        script = self.script(self.stretches(messages, opened), messages)
+        script = self.script(self.stretches(messages, opened), said(messages))
         spelling = self.spelled(script)
         weight_at = [0.0] * (len(script.text) + 1)
-        for turn in script.turns:
-            weight_at[turn.start : turn.end] = [messages[turn.index].weight] * (turn.end - turn.start)
+        for turn, piece in zip(script.turns, said(messages), strict=True):
+            weight_at[turn.start : turn.end] = [piece.weight] * (turn.end - turn.start)
         weights = []
         for index, (start, end) in zip(spelling.ids, spelling.spans, strict=True):
             # Some control tokens swallow the spaces beside them; where one begins says whose it is.
@@ -147,19 +166,20 @@ class ChatTemplate:
         """The conversation as the template lays it out, what is said told apart from its own text."""
         if not messages:
             raise BadInput("a conversation has one message at least")
-        marks = [secret_word() for _ in messages]
-        pieces = re.split(f"({'|'.join(marks)})", self.render(messages, marks, opened))
+        told = said(messages)
+        marks = [secret_word() for _ in told]
+        pieces = re.split(f"({'|'.join(marks) or '(?!)'})", self.render(messages, marks, opened))
         own, order = pieces[::2], [marks.index(mark) for mark in pieces[1::2]]
-        for index, message in enumerate(messages):
+        for index, message in enumerate(told):
             if (times := order.count(index)) != 1:
                 raise BadInput(
                     f"the chat template shows message {index}, by {message.role.value}, {times} times and not once;"
                     " leave the message out or mend the template"
                 )
-        real = self.render(messages, [message.text for message in messages], opened)
+        real = self.render(messages, [message.text for message in told], opened)
         stretches, at = [Stretch(own[0])], len(own[0])
         for index, following in zip(order, own[1:], strict=True):
-            shown = next((s for s in shapes(messages[index].text) if real.startswith(s + following, at)), None)
+            shown = next((s for s in shapes(told[index].text) if real.startswith(s + following, at)), None)
             if shown is None:
                 raise BadInput(
                     f"the chat template makes something else of message {index}, or of one beside it, than of plain"
@@ -172,9 +192,24 @@ class ChatTemplate:
         return stretches
 
     def render(self, messages: Sequence[Message], texts: Sequence[str], opened: bool) -> str:
-        said = [{"role": m.role.value, "content": text} for m, text in zip(messages, texts, strict=True)]
-        sandbox = Sandbox(self.today, characters=sum(map(len, texts)), turns=len(texts))
-        return sandbox.run(self.code, {"messages": said, "add_generation_prompt": opened, **self.names})
+        """What the template prints, with `texts` in place of all that is said. A picture is one of its own tokens."""
+        left, turns = iter(texts), []
+        for message in messages:
+            pieces = [None if piece is None else next(left) for piece in message.content]
+            turns.append({"role": message.role.value, "content": self.laid_out(pieces)})
+        sandbox = Sandbox(self.today, characters=sum(map(len, texts)), turns=max(len(texts), len(messages)))
+        return sandbox.run(self.code, {"messages": turns, "add_generation_prompt": opened, **self.names})
+
+    def laid_out(self, pieces: Sequence[str | None]) -> Any:
+        """What a message says as templates are given it: one text, or a list where pictures stand between texts."""
+        if pieces and None not in pieces and not self.listed:
+            return "".join(piece for piece in pieces if piece is not None)
+        return [{"type": "image"} if piece is None else {"type": "text", "text": piece} for piece in pieces]
+
+    def wants_lists(self) -> bool:
+        """Whether the template shows no plain text, only lists of texts and pictures (LLaVA's)."""
+        word = secret_word()
+        return word not in self.render([Message(Role.USER, word)], [word], opened=True)
 
     def script(self, stretches: Sequence[Stretch], messages: Sequence[Message]) -> Script:
         """The stretches as one text for the speller."""

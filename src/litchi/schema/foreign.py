@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from tokenizers import Tokenizer as Backend
@@ -11,7 +11,8 @@ from tokenizers import Tokenizer as Backend
 from litchi.config import BadInput
 from litchi.schema.chat import ChatTemplate, Message
 from litchi.schema.processor import Builder, Noising, Processor
-from litchi.schema.sample import Part, Role, Text
+from litchi.schema.sample import Image, Part, Role, Text
+from litchi.schema.sight import Seen, Sight
 from litchi.schema.tokenizer import Tokenizer
 
 
@@ -52,17 +53,28 @@ class ForeignTokenizer(Tokenizer):
 
 
 class ForeignProcessor(Processor):
-    """Text only: conversations by the template, or plain text (role none) after the token that begins one."""
+    """Conversations by the template, or plain text (role none) after the token that begins one.
 
-    def __init__(self, tokenizer: ForeignTokenizer) -> None:
+    With `eye`, users may show pictures: the template says where with a control token, and each becomes the tokens that
+    `eye` lays out, read one after another like words.
+    """
+
+    def __init__(self, tokenizer: ForeignTokenizer, eye: Sight | None = None) -> None:
         super().__init__(tokenizer, None, {}, Noising())
         source = tokenizer.config.template
         bos, eos = tokenizer.config.bos, next(iter(tokenizer.config.ends), "")
         self.template = ChatTemplate(source, tokenizer.backend, bos=bos, eos=eos) if source else None
+        self.eye = eye
+        self.shown = tokenizer.control(eye.config.token) if eye is not None else -1
+        if eye is not None and self.shown not in tokenizer.added:
+            raise BadInput(f"{eye.config.token!r} is no control token of the tokenizer: people could type a picture")
 
     def extend(self, builder: Builder, parts: Sequence[Part], rng: np.random.Generator | None, *, whole: bool) -> None:
-        texts = [self.text(part) for part in parts]
-        if all(text.role is Role.NONE for text in texts):
+        pictures = [part for part in parts if isinstance(part, Image)]
+        texts = [self.text(part) for part in parts if not isinstance(part, Image)]
+        if pictures and (self.eye is None or self.template is None):
+            raise BadInput("this model reads text only, not images: leave them out")
+        if all(part.role is Role.NONE for part in parts):
             for index in self.tokenizer.bos:
                 builder.token(index)
             for text in texts:
@@ -71,13 +83,30 @@ class ForeignProcessor(Processor):
             return
         if self.template is None:
             raise BadInput("this model has no chat template: it only continues plain text (role none)")
-        turns = joined(texts)
+        turns = joined([part for part in parts if isinstance(part, (Text, Image))])
         begun = None if whole or turns[-1].role is not Role.ASSISTANT else turns.pop()
         tokens = self.template.encode(turns, opened=not whole)
+        if (places := tokens.ids.count(self.shown)) != len(pictures):
+            raise BadInput(f"the chat template shows {places} of {len(pictures)} pictures: show them in a user's turn")
+        left = iter(pictures)
         for index, weight in zip(tokens.ids, tokens.weights, strict=True):
-            builder.token(index, weight if rng is not None else 0.0)
+            if index == self.shown:
+                self.show(builder, next(left))
+            else:
+                builder.token(index, weight if rng is not None else 0.0)
         for index in self.tokenizer.encode(begun.text) if begun is not None else ():
             builder.token(index)
+
+    def show(self, builder: Builder, picture: Image) -> None:
+        assert self.eye is not None and self.template is not None
+        for found in self.eye.look(picture.pixels):
+            if isinstance(found, Seen):
+                builder.patches(found.value, found.place, found.index, self.shown)
+                continue
+            for piece in self.template.speller.split(found):
+                name = self.template.speller.secret.get(piece)
+                for index in self.tokenizer.encode(piece) if name is None else [self.tokenizer.control(piece)]:
+                    builder.token(index)
 
     def open(self, builder: Builder, parts: Sequence[Part]) -> None:
         """Nothing: `prompt` has already opened the turn, as the template does."""
@@ -92,13 +121,16 @@ class ForeignProcessor(Processor):
         return frozenset(self.tokenizer.added)
 
 
-def joined(texts: Sequence[Text]) -> list[Message]:
-    """Neighbouring texts of one speaker are one turn."""
+def joined(parts: Sequence[Text | Image]) -> list[Message]:
+    """Neighbouring parts of one speaker are one turn; a picture stands where it was shown in its text."""
     turns: list[Message] = []
-    for text in texts:
-        if turns and turns[-1].role is text.role:
-            last = turns.pop()
-            turns.append(Message(text.role, last.text + text.text, max(last.weight, text.weight)))
+    for part in parts:
+        last = turns.pop() if turns and turns[-1].role is part.role else Message(part.role, "")
+        if isinstance(part, Image):
+            if part.role is Role.ASSISTANT:
+                raise BadInput("this model draws no pictures: show them in a user's turn")
+            turns.append(replace(last, pictures=(*last.pictures, len(last.text))))
         else:
-            turns.append(Message(text.role, text.text, text.weight if text.role is Role.ASSISTANT else 0.0))
+            weight = max(last.weight, part.weight) if part.role is Role.ASSISTANT else 0.0
+            turns.append(replace(last, text=last.text + part.text, weight=weight))
     return turns

@@ -66,7 +66,7 @@ class Builder:
     positions: list[tuple[int, int, int]] = field(default_factory=list)
     spans: list[int] = field(default_factory=list)
     readable: list[bool] = field(default_factory=list)
-    rows: dict[Modality, list[tuple[int, Tensor, Tensor, float]]] = field(default_factory=dict)
+    rows: dict[Modality, list[Vectors]] = field(default_factory=dict)
     time: int = 0
     span: int = 0
 
@@ -81,9 +81,24 @@ class Builder:
         self, modality: Modality, rows: Tensor, times: Tensor, weight: float, places: Sequence, patch: int
     ) -> None:
         """Append one span of rows (n, C), readable if it is clean. Does not advance time: a clean copy may follow."""
-        self.rows.setdefault(modality, []).append((len(self.tokens), rows, times, weight))
+        blocks = self.rows.setdefault(modality, [])
+        place = torch.tensor([(sum(block.num_pictures for block in blocks), h, w) for h, w in places])
+        index = torch.arange(len(self.tokens), len(self.tokens) + len(rows))
+        blocks.append(Vectors(index, place, rows, times, torch.full((len(rows),), weight)))
         positions = [(self.time, self.time + h, self.time + w) for h, w in places]
         self.place([patch] * len(rows), positions, readable=weight == 0)
+
+    def patches(self, rows: Tensor, place: Tensor, index: Tensor, patch: int) -> None:
+        """Append patches (n, C) that are read one after another, like words; `index` says which token shows each.
+
+        `place` numbers the tiles of this picture from 0, as `Vectors` has it; -1 ends a line.
+        """
+        blocks = self.rows.setdefault(Modality.VISION, [])
+        pictures = sum(block.num_pictures for block in blocks)
+        ones, start = torch.ones(len(rows)), len(self.tokens)
+        blocks.append(Vectors(index, place, rows, ones, 0 * ones).shifted(start, pictures))
+        for _ in range(int(index.max()) + 1):
+            self.token(patch)
 
     def place(self, tokens: list[int], positions: list[tuple[int, int, int]], *, readable: bool) -> None:
         count = len(tokens)
@@ -105,14 +120,6 @@ class Builder:
         return Builder(**columns, rows=rows, time=self.time, span=self.span)
 
     def build(self) -> TokenSequence:
-        vectors = {}
-        for modality, blocks in self.rows.items():
-            vectors[modality] = Vectors(
-                index=torch.cat([torch.arange(at, at + len(rows)) for at, rows, _, _ in blocks]),
-                value=torch.cat([rows for _, rows, _, _ in blocks]),
-                time=torch.cat([times for _, _, times, _ in blocks]),
-                weight=torch.cat([torch.full((len(rows),), weight) for _, rows, _, weight in blocks]),
-            )
         return TokenSequence(
             tokens=torch.tensor(self.tokens),
             labels=torch.tensor(self.labels),
@@ -120,7 +127,7 @@ class Builder:
             positions=torch.tensor(self.positions).view(-1, 3),
             spans=torch.tensor(self.spans),
             readable=torch.tensor(self.readable, dtype=torch.bool),
-            vectors=vectors,
+            vectors={modality: Vectors.join(blocks) for modality, blocks in self.rows.items()},
         )
 
 

@@ -34,7 +34,9 @@ class Vectors:
     """The span tokens of one modality, each in some state of denoising."""
 
     index: Int[Tensor, "N"]
-    """Where each row sits on the T axis."""
+    """Where each row sits on the T axis; -1 for a patch that a vision tower reads and nothing else does."""
+    place: Int[Tensor, "N 3"]
+    """Which picture a row is of, and its row and column there, counted from the middle; picture -1 ends a line."""
     value: Float[Tensor, "N C"]
     """Codec digits (`MASK` where hidden), latents, pixel patches or action vectors."""
     time: Float[Tensor, "N"]
@@ -42,8 +44,28 @@ class Vectors:
     weight: Float[Tensor, "N"]
     """Loss weight; 0 for conditioning."""
 
-    def select(self, keep: Bool[Tensor, "N"], shift: int) -> Vectors:
-        return Vectors(self.index[keep] + shift, self.value[keep], self.time[keep], self.weight[keep])
+    def __getitem__(self, keep: Tensor) -> Vectors:
+        return Vectors(*(getattr(self, f.name)[keep] for f in fields(self)))
+
+    def shifted(self, index: int, picture: int = 0) -> Vectors:
+        """The same rows so many tokens and so many pictures later."""
+        place = self.place.clone()
+        place[:, 0] += picture * (place[:, 0] >= 0)
+        return replace(self, index=torch.where(self.index < 0, -1, self.index + index), place=place)
+
+    @property
+    def first_picture(self) -> int:
+        pictures = self.place[self.place[:, 0] >= 0, 0]
+        return int(pictures.min()) if len(pictures) else 0
+
+    @property
+    def num_pictures(self) -> int:
+        """One more than the largest number of a picture."""
+        return int(self.place[:, 0].max()) + 1 if len(self.place) else 0
+
+    @staticmethod
+    def join(blocks: Sequence[Vectors]) -> Vectors:
+        return Vectors(*(torch.cat([getattr(v, f.name) for v in blocks]) for f in fields(Vectors)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +123,8 @@ def pack(sequences: Sequence[TokenSequence], *, row: int = 0) -> Batch:
     vectors = {}
     for modality in sorted({m for s in sequences for m in s.vectors}):
         found = [(s.vectors[modality], at) for s, at in zip(sequences, starts, strict=False) if modality in s.vectors]
-        vectors[modality] = Vectors(
-            index=torch.cat([v.index + at for v, at in found]),
-            value=torch.cat([v.value for v, _ in found]),
-            time=torch.cat([v.time for v, _ in found]),
-            weight=torch.cat([v.weight for v, _ in found]),
-        )
+        pictures = accumulate((v.num_pictures for v, _ in found), initial=0)
+        vectors[modality] = Vectors.join([v.shifted(at, n) for (v, at), n in zip(found, pictures, strict=False)])
     docs = torch.repeat_interleave(torch.arange(len(sequences)), lengths)
     return Batch(**columns, vectors=vectors, docs=docs, cu_seqlens=torch.tensor(starts), row=row)
 
@@ -145,11 +163,19 @@ def window(sequence: TokenSequence, start: int, stop: int) -> TokenSequence:
     """The tokens in [start, stop) of one document: what one serving step feeds the model."""
     vectors = {}
     for modality, v in sequence.vectors.items():
-        keep = (v.index >= start) & (v.index < stop)
-        if bool(keep.any()):
-            vectors[modality] = v.select(keep, -start)
+        inside = (v.index >= start) & (v.index < stop)
+        if bool(inside.any()):
+            found = seen_from(v, inside) if modality is Modality.VISION else v[inside]
+            vectors[modality] = found.shifted(-start, -found.first_picture)
     columns = {name: getattr(sequence, name)[start:stop] for name in COLUMNS}
     return TokenSequence(**columns, vectors=vectors)
+
+
+def seen_from(v: Vectors, inside: Bool[Tensor, "N"]) -> Vectors:
+    """The rows inside, and all others of their pictures, which stand nowhere: a tower reads pictures whole."""
+    pictures = v.place[inside, 0]
+    keep = inside | torch.isin(v.place[:, 0], pictures[pictures >= 0])
+    return replace(v, index=torch.where(inside, v.index, -1))[keep]
 
 
 def supervised(batch: TokenSequence) -> dict[Modality, float]:

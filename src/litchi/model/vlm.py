@@ -1,0 +1,139 @@
+"""The models that people already have, those that see included: a tower, what connects it, and a language model.
+
+LLaVA-1.5, LLaVA-NeXT (1.6), SmolVLM and Idefics3 are translations, as the language models of model/families.py are;
+`family_of`, `read_config` and `links` here answer for both. Sources are the configurations and weight names of
+transformers, and of the folders on the Hub, which are older and spell some names otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from litchi.config import BadInput
+from litchi.model import families
+from litchi.model.families import Asked, Link, llama_name
+from litchi.model.network import ModelConfig
+from litchi.model.towers import read_tower, tower_links
+from litchi.model.vision import Tower
+from litchi.schema.sequence import Modality
+
+Json = Mapping[str, Any]
+
+CLASSES = {
+    "llava": "LlavaForConditionalGeneration",
+    "llava_next": "LlavaNextForConditionalGeneration",
+    "smolvlm": "SmolVLMForConditionalGeneration",
+    "idefics3": "Idefics3ForConditionalGeneration",
+}
+LLAVAS = ("llava", "llava_next")
+
+LLAMA_7B = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32_000}
+SILENT: dict[str, dict[str, Any]] = {
+    "llama": LLAMA_7B | {"intermediate_size": 11_008},
+    "mistral": LLAMA_7B | {"intermediate_size": 14_336, "num_key_value_heads": 8},
+}
+"""What transformers takes where the configuration of a language model inside another is silent, as LLaVA's are."""
+
+TOWER, WB = "readers.vision.tower", ("weight", "bias")
+
+
+def family_of(config: Json) -> str:
+    family = config.get("model_type")
+    if family in CLASSES:
+        return family
+    if family not in families.CLASSES:
+        known = ", ".join((*families.CLASSES, *CLASSES))
+        raise BadInput(f"model_type {family!r} is not one that can be read; these are: {known}")
+    return families.family_of(config)
+
+
+def read_config(config: Json) -> ModelConfig:
+    """The `config.json` of transformers as ours. Raises BadInput for what the network cannot compute."""
+    family = family_of(config)
+    if family not in CLASSES:
+        return families.read_config(config)
+    text, vision = (dict(config.get(key) or {}) for key in ("text_config", "vision_config"))
+    text = SILENT.get(text.setdefault("model_type", "llama"), {}) | text
+    tied = bool(config.get("tie_word_embeddings", False))
+    text["tie_word_embeddings"] = tied or bool(family in LLAVAS and text.get("tie_word_embeddings"))
+    tower = llava_tower(config, vision) if family in LLAVAS else smolvlm_tower(config, vision)
+    return replace(families.read_config(text), modalities={str(Modality.VISION): tower})
+
+
+def llava_tower(config: Json, vision: Json) -> Tower:
+    family = config["model_type"]
+    asked = Asked(config, family)
+    asked.only("projector_hidden_act", "gelu", "gelu")
+    asked.only("multimodal_projector_bias", True, True)
+    tower = read_tower({"model_type": "clip_vision_model"} | vision)
+    layer = config.get("vision_feature_layer", -2)
+    if not isinstance(layer, int) or isinstance(layer, bool) or not -tower.num_layers <= layer <= tower.num_layers:
+        raise BadInput(f"{family}: vision_feature_layer={layer!r} cannot be computed here; the number of one layer can")
+    take = layer if layer >= 0 else tower.num_layers + 1 + layer
+    if take == 0:
+        raise BadInput(f"{family}: vision_feature_layer={layer} takes no layer: name one from 1 to {tower.num_layers}")
+    whole = config.get("vision_feature_select_strategy", "default") == "full"
+    if whole == tower.class_token:
+        raise BadInput(f"{family}: a class token is always left out here: vision_feature_select_strategy must say so")
+    return replace(tower, take=take, newline=family == "llava_next")
+
+
+def smolvlm_tower(config: Json, vision: Json) -> Tower:
+    tower = read_tower(vision | {"model_type": "siglip_vision_model"})
+    if (side := tower.grid) > 1 and not bool((fractional_places(side) == torch.arange(side)).all()):
+        raise BadInput(f"{config['model_type']}: places in a grid of {side} come out uneven in transformers; not here")
+    merge = Asked({"scale_factor": 2} | dict(config), config["model_type"]).number("scale_factor")
+    if tower.grid % merge:
+        raise BadInput(f"{config['model_type']}: {tower.grid} patches a side do not divide by scale_factor={merge}")
+    return replace(tower, merge=merge, projector="linear")
+
+
+def fractional_places(side: int) -> torch.Tensor:
+    """The places that a whole picture's patches get by the fractions of NaViT, in the arithmetic of transformers."""
+    fractions = (torch.arange(side, dtype=torch.float32) * (1.0 / torch.tensor(side))).clamp(max=1.0 - 1e-6)
+    return torch.bucketize(fractions, torch.arange(1 / side, 1.0, 1 / side), right=True)
+
+
+# ---- tensors ------------------------------------------------------------------------------------------------------
+
+
+def links(c: ModelConfig, family: str) -> list[Link]:
+    """Every tensor of a checkpoint in the family's own names."""
+    if family not in CLASSES:
+        return families.links(c, family)
+    tower = c.modalities[Modality.VISION]
+    assert isinstance(tower, Tower)
+    text = [name for name in families.parameters(replace(c, modalities={})) if name != "lm_head.weight"]
+    if family in LLAVAS:
+        found = [Link(f"language_model.{llama_name(name)}", (name,)) for name in text]
+        head, eye = "language_model.lm_head.weight", "vision_tower.vision_model."
+        joins = {f"multi_modal_projector.linear_{n}.{k}": f"project.{2 * n - 2}.{k}" for n in (1, 2) for k in WB}
+        joins |= {"image_newline": "newline"} if tower.newline else {}
+        kind = "clip_vision_model" if tower.class_token else "siglip_vision_model"
+    else:
+        found = [Link(llama_name(name).replace("model.", "model.text_model.", 1), (name,)) for name in text]
+        head, eye, kind = "lm_head.weight", "model.vision_model.", "siglip_vision_model"
+        joins = {"model.connector.modality_projection.proj.weight": "project.weight"}
+    found += [] if c.tied else [Link(head, ("lm_head.weight",))]
+    for link in tower_links(tower, kind):
+        found.append(Link(eye + link.theirs, tuple(f"{TOWER}.encoder.{name}" for name in link.ours), link.form))
+    return found + [Link(theirs, (f"{TOWER}.{ours}",)) for theirs, ours in joins.items()]
+
+
+def spellings(name: str) -> Iterator[str]:
+    """Under which names a tensor may stand in a file: the Hub's, transformers 5's, and those of a body saved alone."""
+    yield name
+    yield name.replace("vision_tower.vision_model.", "vision_tower.", 1)
+    if name.startswith("language_model.model."):
+        yield name.replace("language_model.model.", "model.language_model.", 1)
+    elif name.startswith("language_model."):
+        yield name.removeprefix("language_model.")
+    elif name.startswith(("vision_tower.", "multi_modal_projector.", "image_newline")):
+        yield f"model.{name}"
+        yield f"model.{name}".replace("vision_tower.vision_model.", "vision_tower.", 1)
+    else:
+        yield name.partition(".")[2]
