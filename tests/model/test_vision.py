@@ -61,14 +61,14 @@ def rows(net: Model, sequence: TokenSequence) -> torch.Tensor:
     """What the tower writes over the placeholders."""
     batch = pack([sequence])
     with torch.no_grad():
-        return net.embed(batch)[batch.vectors[Modality.VISION].index]
+        return net.embed(batch, net.see(batch))[batch.vectors[Modality.VISION].index]
 
 
 def test_rows_of_the_tower_stand_on_their_placeholders_and_nowhere_else() -> None:
     net, sequence = model(), document(0)
     batch = pack([sequence])
     with torch.no_grad():
-        embedded, bare = net.embed(batch), net.embed_tokens(batch.tokens)
+        embedded, bare = net.embed(batch, net.see(batch)), net.embed_tokens(batch.tokens)
     stands = torch.zeros(len(batch), dtype=torch.bool)
     stands[batch.vectors[Modality.VISION].index] = True
     assert torch.equal(embedded[~stands], bare[~stands])

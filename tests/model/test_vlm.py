@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,6 +39,10 @@ TEXT = {"model_type": "llama", "hidden_size": 48, "num_hidden_layers": 2, "num_a
 TEXT |= {"num_key_value_heads": 2, "intermediate_size": 64, "max_position_embeddings": 1024}
 SHAPES = [[24, 48], [48, 24], [48, 48], [72, 24], [24, 72]]
 CLIP, SIGLIP = VISION | {"model_type": "clip_vision_model"}, VISION | {"model_type": "siglip_vision_model"}
+QWEN_EYE = {"depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "patch_size": PATCH}
+QWEN_EYE |= {"out_hidden_size": 48, "num_position_embeddings": 49, "deepstack_visual_indexes": [0, 2]}
+QWEN_TEXT = TEXT | {"model_type": "qwen3_vl_text", "head_dim": 16}
+QWEN_TEXT |= {"rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [4, 2, 2]}}
 
 MODELS = {
     "LLaVA-1.5": ("Llava", {"vision_config": CLIP}),
@@ -48,6 +53,7 @@ MODELS = {
     "LLaVA-NeXT": ("LlavaNext", {"vision_config": CLIP, "image_grid_pinpoints": SHAPES}),
     "SmolVLM": ("SmolVLM", {"vision_config": VISION, "scale_factor": 2}),
     "Idefics3": ("Idefics3", {"vision_config": VISION, "scale_factor": 3}),
+    "Qwen3-VL": ("Qwen3VL", {"vision_config": QWEN_EYE, "vision_start_token_id": 31, "vision_end_token_id": 32}),
 }
 
 LLAVA_CHAT = (
@@ -64,8 +70,16 @@ SMOL_CHAT = (
     "{% if c.type == 'text' %}{{ c.text }}{% elif c.type == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}{% endif %}"
     "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
+QWEN_CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for c in m.content %}{% if c.type == 'text' %}{{ c.text }}"
+    "{% else %}<|vision_start|><|image_pad|><|vision_end|>{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 SPECIAL = ["<unk>", "<s>", "</s>", "<image>", "<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>"]
 SPECIAL += ["<global-img>", *(f"<row_{r}_col_{c}>" for r in range(1, 5) for c in range(1, 5))]
+SPECIAL += ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|im_end|>"]
+SMOLS = ("SmolVLM", "Idefics3")
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +95,7 @@ def rows() -> Iterator[dict[str, str]]:
         TABLE.write_text(f"{head}{titles}{body}{after}", encoding="utf-8")
 
 
-def tokenizer(smol: bool):
+def tokenizer(family: str):
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -90,23 +104,26 @@ def tokenizer(smol: bool):
         vocab_size=340, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(["what is in the picture", "a red ball\n\nand a blue key", "USER: ASSISTANT:"], trainer)
+    kinds = {"Qwen3VL": (QWEN_CHAT, "<|im_end|>", "<|image_pad|>")} | {
+        smol: (SMOL_CHAT, "<end_of_utterance>", "<image>") for smol in SMOLS
+    }
+    template, end, picture = kinds.get(family, (LLAVA_CHAT, "</s>", "<image>"))
     fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="<end_of_utterance>" if smol else "</s>",
-        extra_special_tokens={"image_token": "<image>"},
-    )  # fmt: skip
-    fast.chat_template = SMOL_CHAT if smol else LLAVA_CHAT
+        tokenizer_object=backend, bos_token="<s>", eos_token=end, extra_special_tokens={"image_token": picture}
+    )
+    fast.chat_template = template
     return fast
 
 
 def build(name: str, folder: Path):
     """A random model of transformers and its processor, as they save them."""
     family, sizes = MODELS[name]
-    smol = family in ("SmolVLM", "Idefics3")
-    fast = tokenizer(smol)
-    index = fast.convert_tokens_to_ids("<image>")
-    text = TEXT | {"vocab_size": len(fast), "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    fast = tokenizer(family)
+    text = QWEN_TEXT if family == "Qwen3VL" else TEXT
+    text |= {"vocab_size": len(fast), "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    key = "image_token_index" if family.startswith("Llava") else "image_token_id"
     config = getattr(transformers, f"{family}Config")(
-        text_config=text, **{"image_token_id" if smol else "image_token_index": index}, **sizes
+        text_config=text, **{key: fast.convert_tokens_to_ids(fast.image_token)}, **sizes
     )
     torch.manual_seed(0)
     net = getattr(transformers, f"{family}ForConditionalGeneration")(config).eval()
@@ -114,14 +131,16 @@ def build(name: str, folder: Path):
         for p in net.parameters():
             p.add_(torch.randn_like(p) * 0.1)
     net.save_pretrained(folder)
-    if smol:
+    if family == "Qwen3VL":
+        size = {"shortest_edge": 16 * 64, "longest_edge": 48 * 64}
+        looks = transformers.Qwen2VLImageProcessorPil(size=size, patch_size=PATCH, merge_size=2)
+        processor = SimpleNamespace(image_processor=looks, tokenizer=fast)
+    elif family in SMOLS:
         looks = getattr(transformers, f"{family}ImageProcessorPil")(
             size={"longest_edge": 3 * SIDE}, max_image_size={"longest_edge": SIDE}
         )
         count = (SIDE // PATCH // sizes["scale_factor"]) ** 2
-        processor = getattr(transformers, f"{family}Processor")
-        processor = processor.__new__(processor)
-        processor.image_processor, processor.tokenizer, processor.image_seq_len = looks, fast, count
+        processor = SimpleNamespace(image_processor=looks, tokenizer=fast, image_seq_len=count)
     else:
         pixels = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
         if family == "LlavaNext":
@@ -198,10 +217,18 @@ def test_a_model_that_sees_is_that_of_transformers(name: str, tmp_path: Path, ro
 
 
 def their_inputs(name: str, processor, told: list[dict], shown: list[np.ndarray]) -> dict[str, torch.Tensor]:
-    """What their processor makes of a dialogue. SmolVLM's needs torchvision whole, so its two parts are called here."""
+    """What their processor makes of a dialogue. Two of them need torchvision for films: their parts are called here."""
     fast, looks = processor.tokenizer, processor.image_processor
     text = fast.apply_chat_template(told, tokenize=False, add_generation_prompt=True)
-    if name not in ("SmolVLM", "Idefics3"):
+    if name == "Qwen3-VL":
+        seen = looks(images=shown, return_tensors="pt")
+        first, *rest = text.split("<|image_pad|>")
+        counts = (seen["image_grid_thw"].prod(1) // 4).tolist()
+        text = first + "".join("<|image_pad|>" * n + t for n, t in zip(counts, rest, strict=True))
+        ids = fast(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        kinds = (ids == fast.convert_tokens_to_ids("<|image_pad|>")).int()
+        return {"input_ids": ids, "mm_token_type_ids": kinds, **seen}
+    if name not in SMOLS:
         return dict(processor(text=text, images=shown, return_tensors="pt"))
     from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 
@@ -221,7 +248,7 @@ def their_inputs(name: str, processor, told: list[dict], shown: list[np.ndarray]
     }
 
 
-@pytest.fixture(scope="module", params=["LLaVA-NeXT", "SmolVLM"])
+@pytest.fixture(scope="module", params=["LLaVA-NeXT", "SmolVLM", "Qwen3-VL"])
 def adopted(request, tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("vlm")
     build(request.param, place / "in")
@@ -259,7 +286,7 @@ def test_documents_with_pictures_do_not_meet(adopted: Path) -> None:
 
 def test_a_typed_picture_stays_text(adopted: Path) -> None:
     processor = load(adopted).processor
-    builder = processor.prompt((Text(text="<image> <fake_token_around_image>", role=Role.USER),))
+    builder = processor.prompt((Text(text="<image> <|image_pad|> <fake_token_around_image>", role=Role.USER),))
     assert processor.shown not in builder.tokens and not builder.rows
     with pytest.raises(BadInput, match="draws no pictures"):
         processor.prompt((Text(text="hi", role=Role.USER), Image(pixels=pictures(1)[0], role=Role.ASSISTANT)))
@@ -267,10 +294,10 @@ def test_a_typed_picture_stays_text(adopted: Path) -> None:
 
 def test_how_a_model_looks_survives_its_file(adopted: Path) -> None:
     eye = load(adopted).processor.eye
-    assert eye is not None and isinstance(eye.config, SightConfig) and eye.config.side == SIDE
+    assert eye is not None and isinstance(eye.config, SightConfig) and eye.config.patch == PATCH
 
 
-BASE = {"model_type": "llava", "text_config": {"model_type": "llama"}, "vision_config": CLIP}
+BASE = {"model_type": "llava", "text_config": {"model_type": "llama", "hidden_size": 48}, "vision_config": CLIP}
 
 
 @pytest.mark.parametrize(
@@ -283,6 +310,11 @@ BASE = {"model_type": "llava", "text_config": {"model_type": "llama"}, "vision_c
         ({"vision_config": {"model_type": "swin"}}, "'swin'"),
         ({"model_type": "smolvlm", "scale_factor": 4}, "6 patches a side do not divide"),
         ({"model_type": "kosmos"}, "llava, llava_next, smolvlm"),
+        ({"model_type": "qwen3_vl", "vision_config": QWEN_EYE | {"num_position_embeddings": 50}}, "is no square"),
+        (
+            {"model_type": "qwen3_vl", "vision_config": QWEN_EYE | {"deepstack_visual_indexes": [7]}},
+            "layers of the tower",
+        ),
     ],
 )
 def test_what_cannot_be_computed_is_refused(change: dict, reason: str) -> None:
@@ -292,7 +324,7 @@ def test_what_cannot_be_computed_is_refused(change: dict, reason: str) -> None:
 
 def test_a_silent_configuration_is_a_llama_of_7b() -> None:
     """llava-1.5-7b-hf gives its language model no sizes."""
-    c = read_config(BASE | {"text_config": {"model_type": "llama", "vocab_size": 32_064}})
+    c = read_config(BASE | {"text_config": {"vocab_size": 32_064}})
     assert (c.width, c.num_layers, c.mlp_width, c.vocab_size) == (4096, 32, 11_008, 32_064)
 
 

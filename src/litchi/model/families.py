@@ -63,14 +63,20 @@ class Interleaved:
 
 @dataclass(frozen=True, slots=True)
 class Patches:
-    """A convolution over patches, channels first, where ours is a matrix over pixels with their channels last."""
+    """A convolution over patches, channels first, where ours is a matrix over pixels with their channels last.
+
+    With `frames` theirs also goes over so many frames, which ours has one after another.
+    """
+
+    frames: int = 0
 
     def theirs(self, ours: Tensor) -> Tensor:
-        side = math.isqrt(ours.shape[1] // 3)
-        return ours.unflatten(1, (side, side, 3)).permute(0, 3, 1, 2)
+        side = math.isqrt(ours.shape[1] // 3 // max(self.frames, 1))
+        over = (self.frames, side, side, 3) if self.frames else (side, side, 3)
+        return ours.unflatten(1, over).movedim(-1, 1)
 
     def ours(self, theirs: Tensor) -> Tensor:
-        return theirs.permute(0, 2, 3, 1).flatten(1)
+        return theirs.movedim(1, -1).flatten(1)
 
 
 @dataclass(frozen=True, slots=True)

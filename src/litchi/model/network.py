@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from litchi.model.attention import Attend, attention_for
@@ -75,6 +75,8 @@ class ModelConfig:
     """Rows and columns of the table that places vectors within their picture."""
     scaling: Scaling | None = None
     """How rotary frequencies are stretched to texts longer than those first trained on."""
+    sections: tuple[int, int] | None = None
+    """Rotary pairs of a head that turn with height and with width; a third each if not given."""
     places: int = 0
     """Rows of a table of learned positions (GPT-2); 0 turns heads by rotary positions instead."""
     norm: Literal["rms", "layer"] = "rms"
@@ -229,7 +231,7 @@ class Reader(nn.Module):
         self.place = nn.Embedding(2 * c.grid, c.width)
         self.time = nn.Linear(len(HARMONICS), c.width, bias=False)
 
-    def forward(self, v: Vectors) -> Float[Tensor, "N D"]:
+    def forward(self, v: Vectors) -> Float[Tensor, "N D"] | Float[Tensor, "N X D"]:
         match self.kind:
             case Mask(levels=levels):
                 digit_NC = torch.where(v.value == MASK, levels, v.value).long()
@@ -289,26 +291,37 @@ class Model(nn.Module):
 
     def forward(self, batch: Batch, cache: KVCache | None = None) -> Float[Tensor, "T D"]:
         """Hidden states (T, D) of a batch, after everything in `cache`, to which the batch is added."""
-        x_TD = self.embed(batch)
+        seen = self.see(batch)
+        x_TD = self.embed(batch, seen)
         attend = attention_for(batch, cache)
         c = self.config
-        rotation = None if c.places else rotations(batch.positions, c.head_width, c.theta, c.scaling)
+        rotation = None if c.places else rotations(batch.positions, c.head_width, c.theta, c.scaling, c.sections)
         route = self.route(batch)
         for index, layer in enumerate(self.layers):
             x_TD = layer(x_TD, index=index, rotation=rotation, attend=attend, route=route, cache=cache)
+            for index_N, x_NXD in seen:
+                if index + 1 < x_NXD.shape[1]:
+                    x_TD = x_TD.index_add(0, index_N, x_NXD[:, index + 1].to(x_TD.dtype))
         return self.norm(x_TD)
 
-    def embed(self, batch: Batch) -> Float[Tensor, "T D"]:
-        """Ids through the table, vectors over their placeholders."""
+    def see(self, batch: Batch) -> list[tuple[Int[Tensor, "N"], Float[Tensor, "N X D"]]]:
+        """Where vectors stand, and what is read in them: X rows, of which later ones are for the layers (DeepStack)."""
+        seen = []
+        for modality, v in batch.vectors.items():
+            index_N, x_NXD = v.index, self.readers[modality](v)
+            if modality == Modality.VISION:  # some patches are read by the tower alone
+                stands_N = (index_N >= 0).nonzero()[:, 0]
+                index_N, x_NXD = index_N[stands_N], x_NXD[stands_N]
+            seen.append((index_N, x_NXD if x_NXD.dim() == 3 else x_NXD[:, None]))
+        return seen
+
+    def embed(self, batch: Batch, seen: Sequence[tuple[Tensor, Tensor]]) -> Float[Tensor, "T D"]:
+        """Ids through the table, what `see` gives over their placeholders."""
         x_TD = self.embed_tokens(batch.tokens)
         if self.config.places:
             x_TD = x_TD + self.embed_positions(batch.positions[:, 0])
-        for modality, v in batch.vectors.items():
-            index_N, x_ND = v.index, self.readers[modality](v).to(x_TD.dtype)
-            if modality == Modality.VISION:  # some patches are read by the tower alone
-                stands_N = (index_N >= 0).nonzero()[:, 0]
-                index_N, x_ND = index_N[stands_N], x_ND[stands_N]
-            x_TD = x_TD.index_copy(0, index_N, x_ND)
+        for index_N, x_NXD in seen:
+            x_TD = x_TD.index_copy(0, index_N, x_NXD[:, 0].to(x_TD.dtype))
         return x_TD
 
     def route(self, batch: Batch) -> list[Tensor]:

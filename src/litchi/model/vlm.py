@@ -1,12 +1,13 @@
 """The models that people already have, those that see included: a tower, what connects it, and a language model.
 
-LLaVA-1.5, LLaVA-NeXT (1.6), SmolVLM and Idefics3 are translations, as the language models of model/families.py are;
-`family_of`, `read_config` and `links` here answer for both. Sources are the configurations and weight names of
-transformers, and of the folders on the Hub, which are older and spell some names otherwise.
+LLaVA-1.5, LLaVA-NeXT (1.6), SmolVLM, Idefics3 and Qwen3-VL are translations, as the language models of
+model/families.py are; `family_of`, `read_config` and `links` here answer for both. Sources are the configurations and
+weight names of transformers, and of the folders on the Hub, which are older and spell some names otherwise.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 
 from litchi.config import BadInput
 from litchi.model import families
-from litchi.model.families import Asked, Link, llama_name
+from litchi.model.families import Asked, Link, Patches, llama_name
 from litchi.model.network import ModelConfig
 from litchi.model.towers import read_tower, tower_links
 from litchi.model.vision import Tower
@@ -28,6 +29,7 @@ CLASSES = {
     "llava_next": "LlavaNextForConditionalGeneration",
     "smolvlm": "SmolVLMForConditionalGeneration",
     "idefics3": "Idefics3ForConditionalGeneration",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
 }
 LLAVAS = ("llava", "llava_next")
 
@@ -60,8 +62,13 @@ def read_config(config: Json) -> ModelConfig:
     text = SILENT.get(text.setdefault("model_type", "llama"), {}) | text
     tied = bool(config.get("tie_word_embeddings", False))
     text["tie_word_embeddings"] = tied or bool(family in LLAVAS and text.get("tie_word_embeddings"))
-    tower = llava_tower(config, vision) if family in LLAVAS else smolvlm_tower(config, vision)
-    return replace(families.read_config(text), modalities={str(Modality.VISION): tower})
+    sections = None
+    if family == "qwen3_vl":
+        tower, sections = qwen_tower(vision, text), read_sections(text)
+        text["model_type"] = "qwen3"
+    else:
+        tower = llava_tower(config, vision) if family in LLAVAS else smolvlm_tower(config, vision)
+    return replace(families.read_config(text), modalities={str(Modality.VISION): tower}, sections=sections)
 
 
 def llava_tower(config: Json, vision: Json) -> Tower:
@@ -98,6 +105,53 @@ def fractional_places(side: int) -> torch.Tensor:
     return torch.bucketize(fractions, torch.arange(1 / side, 1.0, 1 / side), right=True)
 
 
+def qwen_tower(vision: Json, text: Json) -> Tower:
+    asked = Asked(vision, "qwen3_vl")
+    asked.only("in_channels", 3, 3)
+    asked.only("hidden_act", "gelu_pytorch_tanh", "gelu_pytorch_tanh")
+    asked.only("out_hidden_size", text.get("hidden_size"), text.get("hidden_size"))
+    patch, width, grid = (
+        asked.number("patch_size"),
+        asked.number("hidden_size"),
+        asked.number("num_position_embeddings"),
+    )
+    if math.isqrt(grid) ** 2 != grid:
+        raise BadInput(f"qwen3_vl: num_position_embeddings={grid} is no square")
+    if asked.divided(width, asked.number("num_heads")) % 4:
+        raise BadInput(
+            f"qwen3_vl: heads of {width // vision['num_heads']} values cannot turn two ways: a multiple of 4"
+        )
+    deep = tuple(int(index) for index in vision.get("deepstack_visual_indexes", (8, 16, 24)))
+    if list(deep) != sorted(set(deep)) or any(not 0 <= index < vision["depth"] for index in deep):
+        raise BadInput(f"qwen3_vl: deepstack_visual_indexes={list(deep)} must be layers of the tower, in order")
+    return Tower(
+        channels=patch * patch * 3 * asked.number("temporal_patch_size"),
+        frames=asked.number("temporal_patch_size"),
+        width=width,
+        num_layers=asked.number("depth"),
+        num_heads=asked.number("num_heads"),
+        grid=math.isqrt(grid),
+        mlp_width=asked.number("intermediate_size"),
+        activation="gelu_tanh",
+        epsilon=1e-6,
+        table="stretched",
+        turns=True,
+        norm_after=False,
+        merge=asked.number("spatial_merge_size"),
+        projector="merger",
+        deep=deep,
+    )
+
+
+def read_sections(text: Json) -> tuple[int, int]:
+    """Rotary pairs of height and width; they are interleaved with those of time."""
+    rope = dict(text.get("rope_parameters") or text.get("rope_scaling") or {})
+    _, height, width = rope.get("mrope_section", (24, 20, 20))
+    if not rope.get("mrope_interleaved", True):
+        raise BadInput("qwen3_vl: rotary pairs in blocks (mrope_interleaved=false) cannot be computed; interleaved can")
+    return int(height), int(width)
+
+
 # ---- tensors ------------------------------------------------------------------------------------------------------
 
 
@@ -107,6 +161,8 @@ def links(c: ModelConfig, family: str) -> list[Link]:
         return families.links(c, family)
     tower = c.modalities[Modality.VISION]
     assert isinstance(tower, Tower)
+    if family == "qwen3_vl":
+        return qwen_links(c, tower)
     text = [name for name in families.parameters(replace(c, modalities={})) if name != "lm_head.weight"]
     if family in LLAVAS:
         found = [Link(f"language_model.{llama_name(name)}", (name,)) for name in text]
@@ -122,6 +178,35 @@ def links(c: ModelConfig, family: str) -> list[Link]:
     for link in tower_links(tower, kind):
         found.append(Link(eye + link.theirs, tuple(f"{TOWER}.encoder.{name}" for name in link.ours), link.form))
     return found + [Link(theirs, (f"{TOWER}.{ours}",)) for theirs, ours in joins.items()]
+
+
+QWEN_LAYER = {
+    "layer_norm1": "norm1",
+    "layer_norm2": "norm2",
+    "self_attn.out_proj": "attn.proj",
+    "mlp.fc1": "mlp.linear_fc1",
+    "mlp.fc2": "mlp.linear_fc2",
+}
+
+
+def qwen_links(c: ModelConfig, tower: Tower) -> list[Link]:
+    text = [name for name in families.parameters(replace(c, modalities={})) if name != "lm_head.weight"]
+    found = [Link(llama_name(name).replace("model.", "model.language_model.", 1), (name,)) for name in text]
+    found += [] if c.tied else [Link("lm_head.weight", ("lm_head.weight",))]
+    patch, eye = f"{TOWER}.encoder.patch_embedding", "model.visual"
+    found.append(Link(f"{eye}.patch_embed.proj.weight", (f"{patch}.weight",), Patches(tower.frames)))
+    found.append(Link(f"{eye}.patch_embed.proj.bias", (f"{patch}.bias",)))
+    found.append(Link(f"{eye}.pos_embed.weight", (f"{TOWER}.encoder.position_embedding.weight",)))
+    for i in range(tower.num_layers):
+        theirs, ours = f"{eye}.blocks.{i}", f"{TOWER}.encoder.layers.{i}"
+        for kind in WB:
+            found.append(Link(f"{theirs}.attn.qkv.{kind}", tuple(f"{ours}.self_attn.{p}_proj.{kind}" for p in "qkv")))
+            found += [Link(f"{theirs}.{b}.{kind}", (f"{ours}.{a}.{kind}",)) for a, b in QWEN_LAYER.items()]
+    mergers = {"merger": "project"} | {f"deepstack_merger_list.{i}": f"deep.{i}" for i in range(len(tower.deep))}
+    for theirs, ours in mergers.items():
+        for part in ("norm", "linear_fc1", "linear_fc2"):
+            found += [Link(f"{eye}.{theirs}.{part}.{kind}", (f"{TOWER}.{ours}.{part}.{kind}",)) for kind in WB]
+    return found
 
 
 def spellings(name: str) -> Iterator[str]:

@@ -101,7 +101,7 @@ class ForeignProcessor(Processor):
         assert self.eye is not None and self.template is not None
         for found in self.eye.look(picture.pixels):
             if isinstance(found, Seen):
-                builder.patches(found.value, found.place, found.index, self.shown)
+                builder.patches(found.value, found.place, found.index, found.steps, self.shown)
                 continue
             for piece in self.template.speller.split(found):
                 name = self.template.speller.secret.get(piece)

@@ -88,17 +88,19 @@ class Builder:
         positions = [(self.time, self.time + h, self.time + w) for h, w in places]
         self.place([patch] * len(rows), positions, readable=weight == 0)
 
-    def patches(self, rows: Tensor, place: Tensor, index: Tensor, patch: int) -> None:
-        """Append patches (n, C) that are read one after another, like words; `index` says which token shows each.
+    def patches(self, rows: Tensor, place: Tensor, index: Tensor, steps: Tensor, patch: int) -> None:
+        """Append patches (R, C) that are read one after another, like words; `index` says which token shows each.
 
-        `place` numbers the tiles of this picture from 0, as `Vectors` has it; -1 ends a line.
+        `place` numbers the tiles of this picture from 0, as `Vectors` has it; -1 ends a line. `steps` (n, 3) is how far
+        each token's position is from where the picture begins; what follows stands beyond all of them.
         """
         blocks = self.rows.setdefault(Modality.VISION, [])
         pictures = sum(block.num_pictures for block in blocks)
         ones, start = torch.ones(len(rows)), len(self.tokens)
         blocks.append(Vectors(index, place, rows, ones, 0 * ones).shifted(start, pictures))
-        for _ in range(int(index.max()) + 1):
-            self.token(patch)
+        for t, h, w in (steps + self.time).tolist():
+            self.place([patch], [(t, h, w)], readable=True)
+        self.time += int(steps.max()) + 1
 
     def place(self, tokens: list[int], positions: list[tuple[int, int, int]], *, readable: bool) -> None:
         count = len(tokens)

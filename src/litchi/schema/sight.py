@@ -7,8 +7,8 @@ vision tower reads at once, `side` pixels square; a token shows `merge` x `merge
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Literal
 
@@ -53,11 +53,20 @@ class Split:
 
 
 @dataclass(frozen=True, slots=True)
+class Native:
+    """Qwen-VL: the picture keeps its shape, and has from `smallest` to `largest` pixels in whole tokens."""
+
+    smallest: int
+    largest: int
+
+
+@dataclass(frozen=True, slots=True)
 class SightConfig:
     """All that decides how pixels become patches and where the tokens that show them stand."""
 
-    layout: Crop | Resize | AnyShape | Split
+    layout: Crop | Resize | AnyShape | Split | Native
     side: int
+    """Pixels of a tile; of a token where there are no tiles."""
     patch: int
     merge: int = 1
     mean: tuple[float, float, float] = CLIP_MEAN
@@ -67,6 +76,8 @@ class SightConfig:
     """The control token that stands for a picture in a template, and under each of its tokens."""
     around: tuple[str, str] = ("", "")
     """The control tokens before a tile and before the whole picture (SmolVLM)."""
+    frames: int = 1
+    """How many times a patch is repeated: a picture is a film that stands still (Qwen-VL)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +89,8 @@ class Seen:
     """Tile, row and column of each, counted from the middle of the tile; tile -1 ends a line."""
     index: Int[Tensor, "N"]
     """Which token shows it, from 0; -1 for a patch that only the tower reads."""
-
-    def __len__(self) -> int:
-        """The number of tokens."""
-        return int(self.index.max()) + 1 if len(self.index) else 0
+    steps: Int[Tensor, "n 3"]
+    """How far the position of each token is from where the picture begins, in time, rows and columns."""
 
 
 class Sight:
@@ -105,6 +114,8 @@ class Sight:
                 return [self.any_shape(pixels, shapes)]
             case Split(longest):
                 return list(self.split(pixels, longest))
+            case Native(smallest, largest):
+                return [self.native(pixels, smallest, largest)]
 
     # ---- layouts ----
 
@@ -132,11 +143,13 @@ class Sight:
             tile = 1 + (i // n) * shape[1] + j // n
             index[tile, i % n, j % n] = n * n + (i - top) * per_line + j - left
         whole = seen_in_order(tiles)
+        tokens = torch.arange(n * n + per_line * (rows - 2 * top))
         ends = n * n + torch.arange(1, rows - 2 * top + 1) * per_line - 1
         return Seen(
             value=torch.cat([whole.value, whole.value.new_zeros(len(ends), whole.value.shape[1])]),
             place=torch.cat([whole.place, torch.tensor([-1, 0, 0]).expand(len(ends), -1)]),
             index=torch.cat([index.flatten(), ends]),
+            steps=tokens[:, None].expand(-1, 3),
         )
 
     def split(self, pixels: np.ndarray, longest: int) -> Iterator[str | Seen]:
@@ -155,6 +168,13 @@ class Sight:
         yield seen_in_order([self.tile(pixels)])
         yield tile
 
+    def native(self, pixels: np.ndarray, smallest: int, largest: int) -> Seen:
+        seen = seen_in_order(
+            [self.tile(self.resized(pixels, *whole_tokens(pixels, self.config.side, smallest, largest)))]
+        )
+        rows, columns = seen.place[:, 1], seen.place[:, 2]
+        return replace(seen, steps=torch.stack([0 * rows, rows - rows.min(), columns - columns.min()], 1))
+
     # ---- pixels ----
 
     @property
@@ -164,21 +184,25 @@ class Sight:
     def resized(self, pixels: np.ndarray, height: int, width: int) -> np.ndarray:
         return np.asarray(Picture.fromarray(pixels).resize((width, height), self.resample))
 
-    def tile(self, pixels: UInt8[np.ndarray, "side side 3"]) -> Float[Tensor, "n n C"]:
+    def tile(self, pixels: UInt8[np.ndarray, "h w 3"]) -> Float[Tensor, "rows columns C"]:
         """One tile as tokens in rows and columns, the patches of a token one after another, channels last."""
         c = self.config
         mean, std = np.array(c.mean, np.float32), np.array(c.std, np.float32)
         scaled = (pixels.astype(np.float32) * np.float32(1 / 255) - mean) / std
-        n = c.side // (c.patch * c.merge)
-        cut = torch.from_numpy(scaled).view(n, c.merge, c.patch, n, c.merge, c.patch, 3)
-        return cut.permute(0, 3, 1, 4, 2, 5, 6).flatten(2)
+        rows, columns = (length // (c.patch * c.merge) for length in pixels.shape[:2])
+        cut = torch.from_numpy(scaled).view(rows, c.merge, c.patch, columns, c.merge, c.patch, 3)
+        patches = cut.permute(0, 3, 1, 4, 2, 5, 6).flatten(4).flatten(2, 3)
+        return patches.repeat(1, 1, 1, c.frames).flatten(2)
 
 
-def seen_in_order(tiles: Sequence[Float[Tensor, "n n C"]]) -> Seen:
-    """Tiles token by token in reading order."""
-    n = tiles[0].shape[0]
-    grid = torch.cartesian_prod(torch.arange(len(tiles)), *[torch.arange(n) - n // 2] * 2)
-    return Seen(torch.cat([t.flatten(0, 1) for t in tiles]), grid, torch.arange(len(grid)))
+def seen_in_order(tiles: Sequence[Float[Tensor, "rows columns C"]]) -> Seen:
+    """Tiles token by token in reading order, at positions that count on like those of words."""
+    rows, columns, _ = tiles[0].shape
+    place = torch.cartesian_prod(
+        torch.arange(len(tiles)), torch.arange(rows) - rows // 2, torch.arange(columns) - columns // 2
+    )
+    tokens = torch.arange(len(place))
+    return Seen(torch.cat([t.flatten(0, 1) for t in tiles]), place, tokens, tokens[:, None].expand(-1, 3))
 
 
 def crop(pixels: np.ndarray, side: int, resample: Picture.Resampling) -> np.ndarray:
@@ -249,6 +273,25 @@ def to_multiples(size: tuple[int, int], side: int) -> tuple[int, int]:
     return h, math.ceil(int(h * ratio) / side) * side
 
 
+LONGEST = 200
+"""Times its shorter side that a picture may be long."""
+
+
+def whole_tokens(pixels: np.ndarray, side: int, smallest: int, largest: int) -> tuple[int, int]:
+    """The size nearest to a picture's in whole tokens, within the bounds."""
+    h, w = pixels.shape[:2]
+    if max(h, w) > LONGEST * min(h, w):
+        raise BadInput(f"a picture of {h}x{w} pixels is too narrow for this model: at most {LONGEST} times as long")
+    down, across = round(h / side), round(w / side)
+    if down * across * side * side > largest:
+        shrink = math.sqrt(h * w / largest)
+        down, across = (max(1, math.floor(length / shrink / side)) for length in (h, w))
+    elif down * across * side * side < smallest:
+        grow = math.sqrt(smallest / (h * w))
+        down, across = (math.ceil(length * grow / side) for length in (h, w))
+    return down * side, across * side
+
+
 # ---- configurations of theirs -------------------------------------------------------------------------------------
 
 PILLOW: dict[int, Resample] = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
@@ -260,48 +303,59 @@ def read_sight(config: Mapping[str, Any], said: Mapping[str, Any], token: str) -
     `token` is the text of the id that the configuration gives to pictures.
     """
     family, vision = config["model_type"], config["vision_config"]
-    smol = family in ("smolvlm", "idefics3")
-    side, patch = int(vision["image_size"]), int(vision["patch_size"])
     for step in ("do_resize", "do_rescale", "do_normalize"):
         if not said.get(step, True):
             raise BadInput(f"{family}: preprocessor_config.json says {step}=false: pictures are always brought to size")
-    size, cut = said.get("size") or {}, said.get("crop_size") or {}
-    layout: Crop | Resize | AnyShape | Split
-    if smol:
-        longest = int(size.get("longest_edge", 4 * side))
-        layout = Split(longest) if said.get("do_image_splitting", True) else Resize()
-    elif family == "llava_next":
-        shapes = said.get("image_grid_pinpoints") or config["image_grid_pinpoints"]
-        layout = AnyShape(tuple((int(h), int(w)) for h, w in shapes))
-    else:
-        layout = (
-            Crop()
-            if said.get("do_center_crop", True) and "shortest_edge" in (size or {"shortest_edge": 0})
-            else Resize()
-        )
-    asked = {int(v) for v in (*([] if smol else size.values()), *cut.values())} | {
-        int(v) for v in (said.get("max_image_size") or {}).values() if smol
-    }
-    if asked - {side}:
-        raise BadInput(f"{family}: pictures of {max(asked - {side})} pixels for a tower of {side}: name one size")
-    if isinstance(layout, AnyShape) and any(h % side or w % side for h, w in layout.shapes):
-        raise BadInput(f"{family}: image_grid_pinpoints must be multiples of {side} pixels")
-    half = (0.5, 0.5, 0.5)
-    mean, std = (
-        (said.get(k) or d)
-        for k, d in (("image_mean", half if smol else CLIP_MEAN), ("image_std", half if smol else CLIP_STD))
-    )
-    resample = PILLOW.get(said.get("resample", 1 if smol else 3))
+    match family:
+        case "smolvlm" | "idefics3":
+            usual, looks = (HALF, HALF, 1), read_smolvlm(config, said)
+        case "qwen3_vl":
+            usual, looks = (CLIP_MEAN, CLIP_STD, 3), read_qwen(vision, said)
+        case _:
+            usual, looks = (CLIP_MEAN, CLIP_STD, 3), read_llava(config, said)
+    mean, std = (said.get(key) or silent for key, silent in zip(("image_mean", "image_std"), usual, strict=False))
+    resample = PILLOW.get(said.get("resample", usual[2]))
     if resample is None:
         raise BadInput(f"{family}: resample={said.get('resample')!r} cannot be done here; 1, 2 and 3 of Pillow can")
-    return SightConfig(
-        layout=layout,
-        side=side,
-        patch=patch,
-        merge=int(config.get("scale_factor", 2)) if smol else 1,
-        mean=tuple(float(x) for x in mean),
-        std=tuple(float(x) for x in std),
-        resample=resample,
-        token=token,
-        around=("<fake_token_around_image>", "<global-img>") if smol else ("", ""),
-    )
+    means, stds = (tuple(float(x) for x in each) for each in (mean, std))
+    if len(means) != 3 or len(stds) != 3:
+        raise BadInput(f"{family}: image_mean and image_std must have three values each")
+    return replace(looks, patch=int(vision["patch_size"]), mean=means, std=stds, resample=resample, token=token)
+
+
+HALF = (0.5, 0.5, 0.5)
+
+
+def read_llava(config: Mapping[str, Any], said: Mapping[str, Any]) -> SightConfig:
+    family, side = config["model_type"], int(config["vision_config"]["image_size"])
+    one_size(family, side, {**(said.get("size") or {}), **(said.get("crop_size") or {})}.values())
+    if family == "llava_next":
+        shapes = tuple((int(h), int(w)) for h, w in said.get("image_grid_pinpoints") or config["image_grid_pinpoints"])
+        if any(h % side or w % side for h, w in shapes):
+            raise BadInput(f"{family}: image_grid_pinpoints must be multiples of {side} pixels")
+        return SightConfig(AnyShape(shapes), side, side)
+    middle = said.get("do_center_crop", True) and "height" not in (said.get("size") or {})
+    return SightConfig(Crop() if middle else Resize(), side, side)
+
+
+def read_smolvlm(config: Mapping[str, Any], said: Mapping[str, Any]) -> SightConfig:
+    side = int(config["vision_config"]["image_size"])
+    one_size(config["model_type"], side, (said.get("max_image_size") or {}).values())
+    longest = int((said.get("size") or {}).get("longest_edge", 4 * side))
+    layout = Split(longest) if said.get("do_image_splitting", True) else Resize()
+    around = ("<fake_token_around_image>", "<global-img>")
+    return SightConfig(layout, side, side, merge=int(config.get("scale_factor", 2)), around=around)
+
+
+def read_qwen(vision: Mapping[str, Any], said: Mapping[str, Any]) -> SightConfig:
+    size, merge = said.get("size") or {}, int(vision.get("spatial_merge_size", 2))
+    smallest = said.get("min_pixels") or size.get("shortest_edge", 56 * 56)
+    largest = said.get("max_pixels") or size.get("longest_edge", 28 * 28 * 1280)
+    side = int(vision["patch_size"]) * merge
+    frames = int(vision.get("temporal_patch_size", 2))
+    return SightConfig(Native(int(smallest), int(largest)), side, side, merge=merge, frames=frames)
+
+
+def one_size(family: str, side: int, asked: Iterable[Any]) -> None:
+    if odd := {int(length) for length in asked} - {side}:
+        raise BadInput(f"{family}: pictures of {max(odd)} pixels for a tower of {side}: name one size")
