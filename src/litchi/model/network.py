@@ -46,7 +46,14 @@ class Flow:
     channels: int
 
 
-Kind = Mask | Flow | Tower
+@dataclass(frozen=True, slots=True)
+class Features:
+    """Rows that a network outside made of a picture, brought to the trunk's width; never drawn."""
+
+    channels: int
+
+
+Kind = Mask | Flow | Tower | Features
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +235,10 @@ class Reader(nn.Module):
             case Tower():
                 self.tower = VisionTower(kind, c.width)
                 return
+            case Features(channels):
+                layers = nn.LayerNorm(channels), nn.Linear(channels, c.width), nn.GELU(), nn.Linear(c.width, c.width)
+                self.project = nn.Sequential(*layers)
+                return
         self.place = nn.Embedding(2 * c.grid, c.width)
         self.time = nn.Linear(len(HARMONICS), c.width, bias=False)
 
@@ -241,6 +252,8 @@ class Reader(nn.Module):
                 x_ND = self.value(v.value)
             case Tower():
                 return self.tower(v.value, v.place)
+            case Features():
+                return self.project(v.value)
         place_N2 = (v.place[:, 1:] + self.grid // 2).clamp(0, self.grid - 1)
         offset = torch.tensor([0, self.grid], device=place_N2.device)
         harmonic = torch.tensor(HARMONICS, device=v.time.device) * v.time[:, None]
@@ -284,7 +297,7 @@ class Model(nn.Module):
         if c.places:
             self.embed_positions = nn.Embedding(c.places, c.width)
         self.readers = nn.ModuleDict({m: Reader(kind, c) for m, kind in c.modalities.items()})
-        drawn = {m: kind for m, kind in c.modalities.items() if not isinstance(kind, Tower)}
+        drawn = {m: kind for m, kind in c.modalities.items() if isinstance(kind, Mask | Flow)}
         self.writers = nn.ModuleDict({m: Writer(kind, c) for m, kind in drawn.items()})
         if not c.tied:
             self.lm_head = nn.Linear(c.width, c.vocab_size, bias=False)

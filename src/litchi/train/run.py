@@ -18,7 +18,8 @@ from torch import Tensor
 
 from litchi.config import BadInput
 from litchi.model.network import Model, ModelConfig, initialise
-from litchi.model.weights import Checkpoint, load, load_tensors, save
+from litchi.model.tensorfile import open_tensors
+from litchi.model.weights import Checkpoint, from_hugging_face, load, load_tensors, save
 from litchi.record import Progress, Recorder
 from litchi.schema.processor import Processor
 from litchi.train.batches import BatchConfig, Batches, Samples, check_coverage, coverage
@@ -46,6 +47,10 @@ class TrainConfig:
     compile: bool = False
     """Fuse the elementwise work of layers with torch.compile, which on a CPU needs a C++ compiler."""
     device: str = "auto"
+    start: Path | None = None
+    """A checkpoint whose weights the network begins with; what it lacks begins at its first values."""
+    frozen: tuple[str, ...] = ()
+    """Beginnings of the names of parameters that stay as they are: "layers." is the trunk without its table."""
     threads: int = 0
     """CPU threads, 0 for all."""
     log_every: int = 20
@@ -67,6 +72,7 @@ class State:
     step: int
     model: Model
     average: dict[str, Tensor]
+    """Of what is learned, by name."""
     optimizers: list[torch.optim.Optimizer]
     generator: torch.Generator
     batches: Batches
@@ -150,17 +156,45 @@ def tame_memory() -> None:
 def fresh(config, model_config: ModelConfig, processor: Processor, samples: Samples, device: torch.device) -> State:
     model = Model(model_config)
     initialise(model, config.seed)
+    if config.start is not None:
+        begin_with(model, config.start)
+    freeze(model, config.frozen)
     model.to(device)
     if config.compile:
         fuse(model)
     return State(
         step=0,
         model=model,
-        average={name: t.detach().clone() for name, t in model.state_dict().items()},
+        average={name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad},
         optimizers=build_optimizers(model, config.optimizer),
         generator=torch.Generator().manual_seed(config.seed),
         batches=Batches(samples, processor, config.batches, config.seed),
     )
+
+
+def begin_with(model: Model, checkpoint: Path) -> None:
+    """Take over the weights of a checkpoint. Raises BadInput if the network has no place of that shape for one."""
+    named = dict(model.named_parameters())
+    with open_tensors(checkpoint / "model") as tensors, torch.no_grad():
+        for theirs, entry in tensors.entries.items():
+            parameter = named.get(name := from_hugging_face(theirs))
+            if parameter is None or tuple(parameter.shape) != tuple(entry.shape):
+                found = "none" if parameter is None else list(parameter.shape)
+                raise BadInput(
+                    f"{checkpoint}: {name} is {list(entry.shape)}, the network has {found}: start from another"
+                )
+            parameter.copy_(tensors.read(theirs, torch.float32))
+
+
+def freeze(model: Model, beginnings: tuple[str, ...]) -> None:
+    """Raises BadInput for a beginning that no name has, and if nothing is left to learn."""
+    names = [name for name, _ in model.named_parameters()]
+    if idle := [beginning for beginning in beginnings if not any(name.startswith(beginning) for name in names)]:
+        raise BadInput(f"train.frozen: no parameter begins with {idle[0]!r}: they begin like {names[0]!r}")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(beginnings))
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise BadInput("train.frozen leaves nothing to learn: name fewer")
 
 
 def fuse(model: Model) -> None:
@@ -228,9 +262,10 @@ def checkpoint(state: State, config: TrainConfig, processor: Processor, folder: 
     """Save averaged weights for use, and all else for resuming; keep the newest `keep`."""
     path = folder / f"step_{state.step:07d}"
     offered = Model(state.model.config)
-    offered.load_state_dict(state.average)
+    weights = state.model.state_dict()
+    offered.load_state_dict(weights | state.average)
     resume = {
-        "resume/weights.safetensors": state.model.state_dict(),
+        "resume/weights.safetensors": {name: weights[name] for name in state.average},
         "resume/optimizer.safetensors": flatten(state.optimizers),
         "resume/random.safetensors": {"generator": state.generator.get_state()},
     }
@@ -258,8 +293,9 @@ def restore(state: State, path: Path, run_json: str) -> None:
         said = ", ".join(changed)
         raise BadInput(f"{path} was trained with another {said}: give this Run a folder of its own (--folder)")
     device = next(state.model.parameters()).device
-    state.model.load_state_dict(load_tensors(path / "resume" / "weights.safetensors"))
-    state.average = {name: t.to(device) for name, t in loaded.model.state_dict().items()}
+    offered = loaded.model.state_dict()
+    state.model.load_state_dict(offered | load_tensors(path / "resume" / "weights.safetensors"))
+    state.average = {name: offered[name].to(device) for name in state.average}
     unflatten(state.optimizers, load_tensors(path / "resume" / "optimizer.safetensors"))
     state.generator.set_state(load_tensors(path / "resume" / "random.safetensors")["generator"])
     state.batches.restore(loaded.meta["batches"])
