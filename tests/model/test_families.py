@@ -52,10 +52,11 @@ def rows() -> Iterator[dict[str, str]]:
     found: dict[str, str] = {}
     yield found
     if os.environ.get("LITCHI_WRITE_DOCS") and set(found) == set(MODELS):
-        head, _, _ = TABLE.read_text(encoding="utf-8").partition("| model |")
+        head, _, rest = TABLE.read_text(encoding="utf-8").partition("| model |")
+        after = rest[rest.index("\n\n") :]
         body = "\n".join(found[name] for name in MODELS)
         TABLE.write_text(
-            f"{head}| model | class | largest difference | greedy | back |\n|---|---|---|---|---|\n{body}\n"
+            f"{head}| model | class | largest difference | greedy | back |\n|---|---|---|---|---|\n{body}{after}"
         )
 
 
