@@ -50,7 +50,7 @@ def adopt(source: Path, folder: Path, *, dtype: torch.dtype = torch.bfloat16) ->
     if foreign.original:
         (draft / "model" / ORIGINAL).write_text(json.dumps(foreign.original, indent=1))
     save_processor(draft / "processor", processor)
-    if processor.eye is not None:
+    if isinstance(processor.eye, Sight):
         (draft / "processor" / PREPROCESSOR).write_text(json.dumps(optional(source / PREPROCESSOR), indent=1))
     small = sum(shape.numel() for shape in shapes.values()) <= CHECKED_PARAMETERS
     publish(draft, folder, meta={"from": source.name, "family": foreign.family}, check=small)

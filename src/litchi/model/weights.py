@@ -25,6 +25,8 @@ from torch import Tensor, nn
 
 from litchi.config import BadInput, from_json, to_json
 from litchi.model.codec import CodecConfig, PixelCodec, PixelCodecConfig, TileCodec, build_codec, regroup
+from litchi.model.efficientnet import from_tensors
+from litchi.model.eye import NAME, FrozenEye, FrozenEyeConfig
 from litchi.model.network import Mask, Model, ModelConfig
 from litchi.model.tensorfile import open_tensors
 from litchi.schema.backends import from_file
@@ -37,6 +39,8 @@ from litchi.schema.tokenizer import Tokenizer
 FORMAT = 1
 ORIGINAL = "original.json"
 """The config.json of a model that others trained, kept beside ours: it is given back on the way out."""
+EYE = "eye.safetensors"
+"""The weights of a frozen network that a model sees with."""
 PREPROCESSOR = "preprocessor_config.json"
 """The same for how it looks at pictures."""
 
@@ -57,7 +61,7 @@ class ProcessorConfig:
     """Pixels of a token of a frame of a world or clip; 0 codes frames as pictures are coded."""
     chat: ChatConfig | None = None
     """How a language model that others trained lays out its text; None for ours."""
-    eye: SightConfig | None = None
+    eye: SightConfig | FrozenEyeConfig | None = None
     """How such a model looks at pictures; None for one that does not see."""
 
 
@@ -124,9 +128,11 @@ def save_processor(folder: Path, processor: Processor) -> None:
     processor.tokenizer.backend.save(str(folder / "tokenizer.json"), pretty=False)
     codec = processor.codec
     if isinstance(processor, ForeignProcessor):
-        eye = None if processor.eye is None else processor.eye.config
+        eye = processor.eye.config if isinstance(processor.eye, Sight | FrozenEye) else None
         config = ProcessorConfig(None, {}, chat=processor.tokenizer.config, eye=eye)
         (folder / "processor.json").write_text(to_json(config))
+        if isinstance(processor.eye, FrozenEye):
+            save_file(processor.eye.network.state_dict(), folder / EYE)
         return
     sight = getattr(processor.sight, "config", None)
     film_patch = 0 if processor.film is None else processor.film.patch
@@ -220,8 +226,14 @@ def check_files(folder: Path, meta: dict) -> None:
 def load_processor(folder: Path) -> Processor:
     config = from_json(ProcessorConfig, (folder / "processor.json").read_text())
     if config.chat is not None:
-        eye = None if config.eye is None else Sight(config.eye)
-        return ForeignProcessor(ForeignTokenizer(from_file(folder / "tokenizer.json"), config.chat), eye)
+        tokenizer = ForeignTokenizer(from_file(folder / "tokenizer.json"), config.chat)
+        match config.eye:
+            case None:
+                return ForeignProcessor(tokenizer)
+            case FrozenEyeConfig() as c:
+                return ForeignProcessor(tokenizer, FrozenEye(c, from_tensors(load_tensors(folder / EYE), NAME)))
+            case SightConfig() as c:
+                return ForeignProcessor(tokenizer, Sight(c))
     codec = None if config.codec is None else build_codec(config.codec)
     if isinstance(codec, TileCodec):
         codec.load_state_dict(load_tensors(folder / "codec.safetensors"))

@@ -12,7 +12,7 @@ from litchi.config import BadInput
 from litchi.schema.chat import ChatTemplate, Message
 from litchi.schema.processor import Builder, Noising, Processor
 from litchi.schema.sample import Image, Part, Role, Text
-from litchi.schema.sight import Seen, Sight
+from litchi.schema.sight import Eye, Seen
 from litchi.schema.tokenizer import Tokenizer
 
 
@@ -59,7 +59,7 @@ class ForeignProcessor(Processor):
     `eye` lays out, read one after another like words.
     """
 
-    def __init__(self, tokenizer: ForeignTokenizer, eye: Sight | None = None) -> None:
+    def __init__(self, tokenizer: ForeignTokenizer, eye: Eye | None = None) -> None:
         super().__init__(tokenizer, None, {}, Noising())
         source = tokenizer.config.template
         bos, eos = tokenizer.config.bos, next(iter(tokenizer.config.ends), "")

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -91,6 +91,22 @@ class Seen:
     """Which token shows it, from 0; -1 for a patch that only the tower reads."""
     steps: Int[Tensor, "n 3"]
     """How far the position of each token is from where the picture begins, in time, rows and columns."""
+
+
+class Marked(Protocol):
+    """What a way of looking is configured by, as far as a processor must know it."""
+
+    @property
+    def token(self) -> str: ...
+
+
+class Eye(Protocol):
+    """Anything that looks at pictures for a model that others trained."""
+
+    @property
+    def config(self) -> Marked: ...
+
+    def look(self, pixels: UInt8[np.ndarray, "h w 3"]) -> list[str | Seen]: ...
 
 
 class Sight:
