@@ -24,14 +24,14 @@ WAN = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 1}
 WAN |= {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [1.0, 2.0, 0.5, 1.5]}
 
 
-def their_model(name: str, options: dict, folder: Path) -> nn.Module:
+def their_model(name: str, options: dict, folder: Path, spread: float = 0.05) -> nn.Module:
     """A class of diffusers, every weight moved away from where it begins, and saved."""
     diffusers = pytest.importorskip("diffusers", reason="pip install diffusers, the oracle of these tests")
     torch.manual_seed(0)
     net = getattr(diffusers, name)(**options).eval()
     with torch.no_grad():
         for p in net.parameters():
-            p.add_(torch.randn_like(p) * 0.05)
+            p.add_(torch.randn_like(p) * spread)
     net.save_pretrained(folder)
     return net
 
