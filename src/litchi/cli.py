@@ -133,8 +133,10 @@ def serve(args: argparse.Namespace) -> int:
     from litchi.serve.run import run as serve_run
 
     checkpoint = find_checkpoint(args.checkpoint)
-    config = serve_config(checkpoint, args.settings)
-    serve_run(config, load_sampler(checkpoint), lambda env, seed: Room(env))
+    config, sampler = serve_config(checkpoint, args.settings), load_sampler(checkpoint)
+    if sampler.processor.codec is None:
+        config = replace(config, abilities=())
+    serve_run(config, sampler, lambda env, seed: Room(env))
     return 0
 
 

@@ -203,7 +203,11 @@ def door() -> Iterator[Served]:
 @pytest.fixture(scope="session")
 def served_by() -> Serve:
     """`with served_by(sampler, make_room) as served:`; without arguments the painter and its room."""
-    return lambda sampler=None, room=None: serving(sampler or Painter(), room or (lambda name, seed: WhiteTile()))
+
+    def served(sampler=None, room=None, **settings: object):
+        return serving(sampler or Painter(), room or (lambda name, seed: WhiteTile()), **settings)
+
+    return served
 
 
 @pytest.fixture

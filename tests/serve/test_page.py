@@ -157,3 +157,31 @@ def test_the_page_speaks_chinese_and_fits_a_phone(page):
         assert page.locator("html").evaluate("e => e.scrollWidth") <= 390
     page.click("#language")
     expect(page.locator("#tab-draw")).to_have_text("Draw")
+
+
+def test_a_model_without_pictures_is_only_talked_with(browser, served_by, tmp_path):
+    """What /v1/models does not name is not shown: no tabs, no picture, and no words about one."""
+    faults: list[str] = []
+    with served_by(abilities=()) as served:
+        page = browser.new_page(viewport={"width": 1280, "height": 900}, locale="en-GB")
+        page.set_default_timeout(15_000)
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("console", lambda said: faults.append(said.text) if said.type == "error" else None)
+        page.goto(served.url)
+        page.wait_for_selector("body[data-ready]")
+        for hidden in (".tabs", "#tab-draw", "#tab-play", "#talk-picture", "#talk-file", "#panel-draw", "#panel-play"):
+            expect(page.locator(hidden)).to_be_hidden()
+        expect(page.locator(".hello")).to_have_text("Say something. This model reads text only.")
+        assert "draws no pictures" in page.inner_text("header") and "picture" not in page.inner_text("main")
+        page.fill("#talk-input", "hello")
+        page.keyboard.press("Enter")
+        expect(page.locator(".bubble.model:not(.writing)")).to_have_text("I see no picture in turn 1 . ")
+        page.click("#talk-chips button >> nth=0")
+        expect(page.locator(".bubble.model:not(.writing) >> nth=1")).to_have_text("I see no picture in turn 2 . ")
+        page.screenshot(path=tmp_path / "plain.png", full_page=True)
+        page.set_viewport_size({"width": 390, "height": 844})
+        page.click("#language")
+        expect(page.locator("#talk-input")).to_have_attribute("placeholder", "说点什么")
+        assert page.locator("html").evaluate("e => e.scrollWidth") <= 390
+        page.close()
+    assert not faults, faults

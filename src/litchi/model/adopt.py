@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer as Backend
+from tokenizers.processors import TemplateProcessing
 
 from litchi.config import BadInput, to_json
 from litchi.model.convert import Foreign, export, open_foreign, read_json, stream
@@ -30,6 +32,7 @@ from litchi.model.weights import (
 )
 from litchi.schema.backends import from_file, from_gguf
 from litchi.schema.foreign import ChatConfig, ForeignProcessor, ForeignTokenizer
+from litchi.schema.sentencepiece import backend_of, from_model
 from litchi.schema.sight import Sight, read_sight
 
 CHECKED_PARAMETERS = 2_000_000_000
@@ -100,8 +103,11 @@ def give_back(checkpoint: Path, folder: Path, *, dtype: torch.dtype = torch.floa
 
 def processor_of(source: Path, foreign: Foreign) -> ForeignProcessor:
     if source.is_dir():
-        backend = from_file(source / "tokenizer.json")
-        config = folder_config(source, foreign.original, backend)
+        said = optional(source / "special_tokens_map.json") | optional(source / "tokenizer_config.json")
+        alone = (source / "tokenizer.model").is_file() and not (source / "tokenizer.json").is_file()
+        ends = end_ids(source, foreign.original)
+        backend = from_pieces(source, said, ends) if alone else from_file(source / "tokenizer.json")
+        config = folder_config(source, said, ends, backend)
     else:
         backend, config = from_gguf(foreign.tensors.metadata), gguf_config(foreign.tensors.metadata)
     tokenizer = ForeignTokenizer(backend, config)
@@ -121,32 +127,62 @@ def eye_of(source: Path, foreign: Foreign, tokenizer: ForeignTokenizer) -> Sight
     return Sight(read_sight(foreign.original, optional(source / PREPROCESSOR), token))
 
 
-def folder_config(source: Path, config: Mapping[str, Any], backend) -> ChatConfig:
-    """What tokenizer_config.json, generation_config.json and the template's own file say."""
-    said = optional(source / "tokenizer_config.json")
-    ends = [text_of(said.get("eos_token"))]
+def from_pieces(source: Path, said: Mapping[str, Any], ends: Sequence[int]) -> Backend:
+    """The sentencepiece model of a folder, with the tokens that its configuration adds, and names as control tokens."""
+    pieces = from_model(source / "tokenizer.model")
+    known = said.get("added_tokens_decoder")
+    tokens = {index: token for index, token in known.items() if index.isdecimal()} if isinstance(known, dict) else {}
+    added = {int(index): text_of(token) for index, token in tokens.items()}
+    added |= {index: text for text, index in optional(source / "added_tokens.json").items() if isinstance(index, int)}
+    special = {text_of(token) for token in tokens.values() if isinstance(token, dict) and token.get("special")}
+    special |= {text_of(said.get(f"{name}_token")) for name in ("bos", "eos", "pad", "unk")}
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        found = said.get(key)
+        special |= {text_of(token) for token in found} if isinstance(found, list) else set()
+    special |= {added.get(index, pieces.texts[index] if index < len(pieces.texts) else "") for index in ends}
+    if said.get("add_prefix_space") is False:
+        pieces = replace(pieces, prefix="never")
+    elif said.get("legacy") is True and pieces.prefix == "first":
+        pieces = replace(pieces, prefix="always")  # as transformers did before it knew better, and models were tuned so
+    backend = backend_of(pieces.extended(added, special))
+    bos = text_of(said.get("bos_token")) or pieces.bos
+    if said.get("add_bos_token", True) and (index := backend.token_to_id(bos)) is not None:
+        backend.post_processor = TemplateProcessing(single=[bos, "$A"], special_tokens=[(bos, index)])
+    return backend
+
+
+def end_ids(source: Path, config: Mapping[str, Any]) -> list[int]:
+    """The ids that end a text, by generation_config.json and config.json."""
+    ids: list[int] = []
     for place in (optional(source / "generation_config.json"), config):
         found = place.get("eos_token_id")
-        ids = found if isinstance(found, list) else [found]
-        ends += [backend.id_to_token(i) for i in ids if isinstance(i, int) and not isinstance(i, bool) and i >= 0]
+        found = found if isinstance(found, list) else [found]
+        ids += [index for index in found if isinstance(index, int) and not isinstance(index, bool) and index >= 0]
+    return ids
+
+
+def folder_config(source: Path, said: Mapping[str, Any], ends: Sequence[int], backend: Backend) -> ChatConfig:
+    """What tokenizer_config.json and the template's own file say."""
+    names = [text_of(said.get("eos_token")), *map(backend.id_to_token, ends)]
     begun = backend.encode("").ids
-    bos = text_of(said.get("bos_token")) or (backend.id_to_token(begun[0]) if begun else "")
+    bos = text_of(said.get("bos_token")) or (begun and backend.id_to_token(begun[0])) or ""
     file = source / "chat_template.jinja"
     template = file.read_text(encoding="utf-8") if file.is_file() else template_of(said.get("chat_template"))
     return ChatConfig(
-        template, bos, tuple(dict.fromkeys(filter(None, ends))), text_of(said.get("pad_token")), bool(begun)
+        template, bos, tuple(dict.fromkeys(filter(None, names))), text_of(said.get("pad_token")), bool(begun)
     )
 
 
 def gguf_config(metadata: Mapping[str, Any]) -> ChatConfig:
+    """What the metadata say; llama.cpp begins a text of sentencepiece with its first token unless they forbid it."""
     tokens = metadata["tokenizer.ggml.tokens"]
 
     def token(which: str) -> str:
         index = metadata.get(f"tokenizer.ggml.{which}_token_id")
         return tokens[index] if isinstance(index, int) and 0 <= index < len(tokens) else ""
 
-    ends = tuple(filter(None, [token("eos")]))
-    begins = bool(metadata.get("tokenizer.ggml.add_bos_token", False))
+    ends = tuple(dict.fromkeys(filter(None, [token("eos"), token("eot")])))
+    begins = bool(metadata.get("tokenizer.ggml.add_bos_token", metadata.get("tokenizer.ggml.model") == "llama"))
     return ChatConfig(metadata.get("tokenizer.chat_template", ""), token("bos"), ends, token("padding"), begins)
 
 

@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from litchi.config import BadInput
+from litchi.schema.sentencepiece import backend_of, from_tables
 
 WORDS = r"""[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
 SHORT_FORMS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
@@ -42,7 +43,7 @@ def from_file(path: Path) -> Backend:
     """Raises BadInput for a file that is missing or no tokenizer."""
     if not path.is_file():
         mend = "save the tokenizer with AutoTokenizer.from_pretrained(...).save_pretrained(...)"
-        raise BadInput(f"{path} is missing; a sentencepiece model alone is not read: {mend}")
+        raise BadInput(f"{path} is missing, and so is tokenizer.model: {mend}")
     try:
         return Backend.from_file(str(path))
     except Exception as error:  # the library raises bare Exceptions
@@ -50,11 +51,16 @@ def from_file(path: Path) -> Backend:
 
 
 def from_gguf(metadata: Mapping[str, Any]) -> Backend:
-    """The byte-level BPE that a GGUF file carries. Raises BadInput for another kind, or tables that do not fit."""
+    """The BPE that a GGUF file carries, byte-level or sentencepiece's.
+
+    Raises BadInput for another kind, or tables that do not fit.
+    """
     kind = metadata.get("tokenizer.ggml.model")
+    if kind == "llama":
+        return backend_of(from_tables(metadata).extended({}, frozenset(ends_of(metadata))))
     if kind != "gpt2":
         raise BadInput(
-            f"GGUF: a tokenizer of kind {kind!r} is not read, 'gpt2' is: convert the original folder instead"
+            f"GGUF: a tokenizer of kind {kind!r} is not read, gpt2 and llama are: convert the folder instead"
         )
     name = metadata.get("tokenizer.ggml.pre", "default")
     if name not in SPLITS:
@@ -73,6 +79,13 @@ def from_gguf(metadata: Mapping[str, Any]) -> Backend:
     added = [token for token, kind in zip(tokens, types, strict=True) if kind == USER_DEFINED]
     backend.add_tokens([AddedToken(token, normalized=False) for token in added])
     return backend
+
+
+def ends_of(metadata: Mapping[str, Any]) -> list[str]:
+    """What begins, ends or fills a text: control tokens, whatever their type says."""
+    tokens = listed(metadata, "tokens")
+    found = [metadata.get(f"tokenizer.ggml.{which}_token_id") for which in ("bos", "eos", "eot", "eom", "padding")]
+    return [tokens[index] for index in found if isinstance(index, int) and 0 <= index < len(tokens)]
 
 
 def pair(merge: str, vocab: Mapping[str, int]) -> tuple[str, str]:

@@ -104,7 +104,8 @@ class Door:
     async def model(self, name: str) -> dict[str, Any]:
         if name != self.config.model:
             raise wire.UnknownModel(f"no model {name[:80]!r} here; this server has {self.config.model!r}")
-        return {"id": name, "object": "model", "created": 0, "owned_by": "litchi"}
+        abilities = ["talk", *self.config.abilities]
+        return {"id": name, "object": "model", "created": 0, "owned_by": "litchi", "abilities": abilities}
 
     async def room(self, seed: Annotated[int, Query(ge=0, le=MAX_SEED)], env: str = "") -> Response:
         """The first frame of a room as PNG; its task stands percent-encoded in X-Litchi-Task."""

@@ -34,6 +34,8 @@ class ServeConfig:
     """0 takes a free one."""
     model: str = "tiny"
     """The name that requests call the model by."""
+    abilities: tuple[str, ...] = ("see", "draw", "dream")
+    """What the model does besides talking, as /v1/models tells; the page shows no more than that."""
     api_key: str = ""
     """If set, every endpoint under /v1 asks for it."""
     allowed_hosts: tuple[str, ...] = ()

@@ -1,13 +1,18 @@
-// The page: three panels, one language at a time, and whether the server is there.
+// The page: a panel for each thing that the model can do, one language at a time, and whether the server is there.
 
 import * as draw from "./draw.js";
-import { health, model } from "./door.js";
+import { can, health, learn, model } from "./door.js";
 import * as play from "./play.js";
 import * as talk from "./talk.js";
-import { onLanguage, say, toggleLanguage, writeWords } from "./words.js";
+import { onLanguage, say, speakPlainly, toggleLanguage, writeWords } from "./words.js";
 
 const at = (id) => document.getElementById(id);
-const tabs = [...document.querySelectorAll("[role=tab]")];
+await learn();
+document.querySelectorAll("[data-needs]").forEach((part) => { part.hidden = !can(part.dataset.needs); });
+at("panel-talk").classList.toggle("plain", !can("see"));
+if (!can("see")) speakPlainly();
+const tabs = [...document.querySelectorAll("[role=tab]:not([hidden])")];
+document.querySelector(".tabs").hidden = tabs.length === 1;
 let reachable = null;
 
 function choose(tab) {
@@ -51,8 +56,8 @@ onLanguage(() => reachable === null || writeStatus());
 writeWords();
 await look();
 setInterval(look, 15_000);
-draw.begin();
-play.begin();
+if (can("draw")) draw.begin();
+if (can("dream")) play.begin();
 await talk.begin((picture) => {
   play.start(picture.seed === null ? { image: picture.url } : { seed: picture.seed });
   at("tab-play").click();

@@ -6,7 +6,15 @@ if (given) { sessionStorage.setItem("key", given); history.replaceState(null, ""
 const key = sessionStorage.getItem("key");
 const auth = key ? { Authorization: `Bearer ${key}` } : {};
 
-export const model = { name: "" };
+export const model = { name: "", abilities: null };
+
+/** Ask what the model does besides talking; where the server does not say, it is taken to do everything. */
+export async function learn() {
+  const answer = await fetch("v1/models", { headers: auth }).then(checked).then((body) => body.json()).catch(() => null);
+  model.abilities = answer?.data[0]?.abilities ?? null;
+}
+
+export const can = (ability) => model.abilities?.includes(ability) ?? true;
 
 export async function health() {
   const body = await (await fetch("health")).json();

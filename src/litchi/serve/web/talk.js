@@ -1,6 +1,6 @@
-// Talk about a picture: a real room or the visitor's own, and a streamed conversation about it.
+// Talk about a picture, a real room or the visitor's own, in a streamed conversation; without one if the model sees none.
 
-import { chat, dataUrl, randomSeed, room } from "./door.js";
+import { can, chat, dataUrl, randomSeed, room } from "./door.js";
 import { EXAMPLES, onLanguage, say } from "./words.js";
 
 const at = (id) => document.getElementById(`talk-${id}`);
@@ -15,7 +15,7 @@ export async function begin(enter) {
   at("enter").onclick = () => picture && enter(picture);
   at("file").onchange = () => at("file").files[0] && ownPicture(at("file").files[0]);
   at("form").onsubmit = (event) => { event.preventDefault(); running ? running.abort() : ask(at("input").value); };
-  at("chips").replaceChildren(...EXAMPLES.talk.map((text) => {
+  at("chips").replaceChildren(...EXAMPLES[can("see") ? "talk" : "plain"].map((text) => {
     const chip = document.createElement("button");
     chip.type = "button";
     chip.textContent = text;
@@ -23,7 +23,8 @@ export async function begin(enter) {
     return chip;
   }));
   onLanguage(writeState);
-  await anotherRoom();
+  if (can("see")) await anotherRoom();
+  else writeState();
 }
 
 async function anotherRoom() {
@@ -55,13 +56,13 @@ function writeState() {
   if (at("log").querySelector(".bubble")) return;
   const hello = document.createElement("p");
   hello.className = "hello";
-  hello.textContent = say("hello");
+  hello.textContent = say(can("see") ? "hello" : "helloPlain");
   at("log").replaceChildren(hello);
 }
 
 async function ask(text) {
   text = text.trim();
-  if (!text || !picture || running) return;
+  if (!text || (can("see") && !picture) || running) return;
   at("input").value = "";
   at("log").querySelector(".hello")?.remove();
   bubble("user", text);
@@ -90,7 +91,7 @@ function messages(text) {
   const said = [...turns.slice(-KEPT_TURNS).flatMap((t) => [t.asked, t.answered]), text];
   return said.map((words, i) => i % 2 ? { role: "assistant", content: words } : {
     role: "user",
-    content: i ? words : [{ type: "image_url", image_url: { url: picture.url } }, { type: "text", text: words }],
+    content: i || !picture ? words : [{ type: "image_url", image_url: { url: picture.url } }, { type: "text", text: words }],
   });
 }
 

@@ -3,6 +3,8 @@
 const WORDS = {
   en: {
     tagline: "One small model that sees, talks, draws, foresees and acts.",
+    taglinePlain: "A language model: it reads and writes text, and sees and draws no pictures.",
+    tabTalkPlain: "Talk", askHintPlain: "Say something", helloPlain: "Say something. This model reads text only.",
     tabTalk: "Talk about a picture", tabDraw: "Draw", tabPlay: "Play the dream",
     ready: "ready", unreachable: "server unreachable",
     anotherRoom: "Another room", ownPicture: "Your own picture", enter: "Walk into it",
@@ -27,6 +29,8 @@ const WORDS = {
   },
   zh: {
     tagline: "一个小模型：能看、能说、能画、能预见、能行动。",
+    taglinePlain: "一个语言模型：只读写文字，不看图，也不画图。",
+    tabTalkPlain: "对话", askHintPlain: "说点什么", helloPlain: "说点什么吧。这个模型只读文字。",
     tabTalk: "看图对话", tabDraw: "画图", tabPlay: "走进梦境",
     ready: "就绪", unreachable: "无法连接服务器",
     anotherRoom: "换一个房间", ownPicture: "上传图片", enter: "走进这个房间",
@@ -51,8 +55,9 @@ const WORDS = {
   },
 };
 
-// The model speaks English only, so the examples are in English whatever the page speaks.
+// Our model speaks English only, so the examples are in English whatever the page speaks.
 export const EXAMPLES = {
+  plain: ["What is the capital of China?", "Why is the sky blue?", "Write three lines about a litchi."],
   talk: ["What do you see?", "What is in front of the agent?", "How many balls are there?", "Is there a red key?", "Where is the agent?"],
   draw: [
     "Draw a room with a red ball and a blue box.",
@@ -69,6 +74,13 @@ export const say = (name, ...values) => {
   const word = WORDS[language][name];
   return typeof word === "function" ? word(...values) : word;
 };
+
+/** For a model without pictures: every element that has words for it, in data-plain, takes them from now on. */
+export function speakPlainly() {
+  document.querySelectorAll("[data-plain]").forEach((element) => {
+    for (const name of ["say", "sayHint", "sayLabel"]) if (name in element.dataset) element.dataset[name] = element.dataset.plain;
+  });
+}
 
 export const onLanguage = (listener) => { listeners.push(listener); };
 
