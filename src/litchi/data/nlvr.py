@@ -1,8 +1,8 @@
 """NLVR: a sentence that a person wrote and a picture of three boxes; is it true?
 
-A. Suhr et al. (ACL 2017), CC BY 4.0; the folder of a split as github.com/lil-lab/nlvr has it, its pictures in a zip.
-Only `dev` and `test` are read. **There is no train split here: `dev` may be trained on, `test` is only ever evaluated.**
-Who trains on `dev` must say so beside any figure, and cannot tune on it as well; `meta["directory"]` are its six folds.
+A. Suhr et al. (ACL 2017), CC BY 4.0; the files of github.com/lil-lab/nlvr, the pictures of a split in a zip. Only `dev`
+and `test` are read. **There is no train split here: `dev` may be trained on, `test` is only ever evaluated.** Who
+trains on `dev` must say so beside any figure, and cannot tune on it as well; `meta["directory"]` are its six folds.
 Beside a figure belongs the majority: always "true" is right for 547 of 989 examples of dev and 556 of 990 of test. 25
 sentences stand in both, whatever their spelling, and cover 125 of the 990; 34 scenes do, whatever the order of boxes.
 """
