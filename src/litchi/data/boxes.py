@@ -123,7 +123,7 @@ def random_item(rng: np.random.Generator) -> Item:
     place = [int(rng.integers(GAP, SIDE - size - GAP + 1)) for _ in range(2)]
     if rng.random() < AT_WALL:
         place[rng.integers(2)] = pick(rng, (0, SIDE - size))
-    return Item(*place, size, pick(rng, SHAPES), pick(rng, tuple(COLOURS)))
+    return Item(place[0], place[1], size, pick(rng, SHAPES), pick(rng, tuple(COLOURS)))
 
 
 def near(a: Item, b: Item) -> bool:
