@@ -2,8 +2,8 @@
 
 They are of NLVR's kinds, in plainer words: how many, of what size, colour and shape, at which wall, above or beside
 what, how high a tower is and what is its top. The sentence is drawn first, then a scene in which it holds and one in
-which it does not, then a coin says which is shown: the sentence alone says nothing about the answer. Scenes of the test are never
-trained on; that a small tower scene is also one of NLVR's happens (109 of the first 4,000), under another sentence.
+which it does not, then a coin says which is shown: the sentence alone says nothing about the answer. Scenes of our
+test are never trained on; one of NLVR's test can be (109 of the first 4,000 are), under a sentence of ours.
 """
 
 from __future__ import annotations
