@@ -165,7 +165,8 @@ def folder_config(source: Path, said: Mapping[str, Any], ends: Sequence[int], ba
     """What tokenizer_config.json and the template's own file say."""
     names = [text_of(said.get("eos_token")), *map(backend.id_to_token, ends)]
     begun = backend.encode("").ids
-    bos = text_of(said.get("bos_token")) or (begun and backend.id_to_token(begun[0])) or ""
+    first = backend.id_to_token(begun[0]) if begun else None
+    bos = text_of(said.get("bos_token")) or first or ""
     file = source / "chat_template.jinja"
     template = file.read_text(encoding="utf-8") if file.is_file() else template_of(said.get("chat_template"))
     return ChatConfig(

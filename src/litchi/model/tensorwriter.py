@@ -46,14 +46,18 @@ class TensorWriter:
     def finish(self) -> None:
         if missing := sorted(set(self.shapes) - self.written):
             raise ValueError(f"{len(missing)} tensors were announced and not written, the first is {missing[0]}")
+        self.index()
+        for file in self.files:
+            with (self.folder / file).open("rb") as out:
+                os.fsync(out.fileno())
+
+    def index(self) -> None:
+        """Write which file holds which tensor, where there is more than one."""
         if len(self.files) > 1:
             total = sum(num_bytes(shape, self.dtype) for shape in self.shapes.values())
             where = {name: file for file, names in self.files.items() for name in names}
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
             (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-        for file in self.files:
-            with (self.folder / file).open("rb") as out:
-                os.fsync(out.fileno())
 
     def _begin(self, file: str, names: Sequence[str]) -> None:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
