@@ -2,7 +2,7 @@
 
 litchi demo recipes.tiny:demo     2 cores, about 13 minutes, all stages small
 litchi data recipes.tiny          2 cores, 3 minutes
-litchi train recipes.tiny         2 cores, about 95 to 100 minutes; needs a C++ compiler, or --set train.compile=false
+litchi train recipes.tiny         2 cores, about 85 to 100 minutes; needs a C++ compiler, or --set train.compile=false
 litchi eval recipes.tiny          2 cores
 
 The rooms are BabyAI's, rendered by MiniGrid at 64x64 pixels. A picture is 16 tokens of 4 tiles; the codec
