@@ -26,12 +26,16 @@ from litchi.model.families import (
     read_gguf,
     write_config,
 )
+from litchi.model.frameworks import open_trained
 from litchi.model.network import Model, ModelConfig
 from litchi.model.tensorfile import TensorFile, check_finite, open_tensors
 from litchi.model.tensorwriter import TensorWriter
 
 LEFT_OVER = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", "rope_freqs.weight")
 """Ends of names of tensors that are no weights: tables that old versions saved and anyone can compute."""
+
+HEADS = {"lm_head.weight", "output.weight", "output_layer.weight"}
+"""Names of the head: where it is the table, some save it again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,28 +51,38 @@ class Foreign:
 
 
 def open_foreign(path: Path) -> Foreign:
-    """A Hugging Face folder or a GGUF file. Raises BadInput for what is broken, unknown, or does not fit itself."""
-    if path.is_dir():
+    """A Hugging Face folder, a GGUF file, or a folder that Megatron-core, DeepSpeed or torch.distributed wrote.
+
+    Raises BadInput for what is broken, unknown, or does not fit itself.
+    """
+    said = read_json(path / "config.json") if (path / "config.json").is_file() else None
+    trained = open_trained(path, said) if path.is_dir() else None
+    if trained is not None:
+        config, family, original, tensors = trained.config, trained.family, trained.original, trained.tensors
+        wanted = trained.links
+    elif path.is_dir():
         original = read_json(path / "config.json")
         config, family = read_config(original), family_of(original)
-        tensors = open_tensors(path)
+        tensors, wanted = open_tensors(path), links(config, family)
     else:
         tensors = open_tensors(path)
         if "general.architecture" not in tensors.metadata:
             raise BadInput(f"{path} has no configuration in it: name the folder that also holds config.json")
         original, family = {}, "gguf"
         config = read_gguf(tensors.metadata, tensors.entries)
-    known = tuple(resolve(link, tensors, family) for link in links(config, family))
+        wanted = links(config, family)
+    known = tuple(resolve(link, tensors) for link in wanted)
     check(known, config, tensors)
     return Foreign(config, family, known, tensors, original)
 
 
-def resolve(link: Link, tensors: TensorFile, family: str) -> Link:
+def resolve(link: Link, tensors: TensorFile) -> Link:
     """The link under the name that this file has: the body of a model is also saved without its outer prefix."""
     for name in (link.theirs, link.theirs.partition(".")[2]):
         if name in tensors.entries:
             return Link(name, link.ours, link.form)
-    hint = " (config.json says that the head is not the table: tie_word_embeddings)" if "lm_head" in link.theirs else ""
+    head = "lm_head" in link.theirs or "output_layer" in link.theirs
+    hint = " (config.json says that the head is not the table: tie_word_embeddings)" if head else ""
     raise BadInput(f"{tensors.path} has no {link.theirs!r}{hint}{nearest(link.theirs, tensors.entries)}")
 
 
@@ -84,9 +98,9 @@ def check(known: tuple[Link, ...], config: ModelConfig, tensors: TensorFile) -> 
             )
     left = [name for name in tensors.entries if not name.endswith(LEFT_OVER)]
     over = set(left) - {link.theirs for link in known}
-    if config.tied and (head := over & {"lm_head.weight", "output.weight"}):
+    if config.tied and (head := over & HEADS):
         check_tied(tensors, head.pop(), known)
-        over -= {"lm_head.weight", "output.weight"}
+        over -= HEADS
     if over:
         raise BadInput(f"{tensors.path} holds {len(over)} tensors that nothing reads, such as {min(over)!r}")
 
