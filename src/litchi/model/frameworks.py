@@ -35,6 +35,9 @@ ANCHORS = ("model.embed_tokens.weight", "embed_tokens.weight", "transformer.wte.
 BESIDES = re.compile(r"(optim|chained_\d|opt_param|lr_sched|sched|rng|rerun|dataloader|train_state)|.*\._extra_state")
 """Names of what only resuming needs."""
 
+NOTES = {"latest_checkpointed_iteration.txt": "iter_{:07d}", "latest_universal": "{}", "latest": "{}"}
+"""Where a run notes its last checkpoint, and how its folder is called; DeepSpeed notes a universal one apart."""
+
 CONFIG_MEND = "lay the config.json of a Hugging Face model of the same sizes, and its tokenizer, into it"
 
 
@@ -69,7 +72,7 @@ def open_trained(folder: Path, original: Mapping[str, Any] | None) -> Trained | 
 
 def last_of(folder: Path) -> Path:
     """The checkpoint that a run's folder notes as its last, else the folder."""
-    for note, written in (("latest_checkpointed_iteration.txt", "iter_{:07d}"), ("latest_universal", "{}")):
+    for note, written in NOTES.items():
         if (folder / note).is_file() and not (folder / METADATA).is_file():
             said = (folder / note).read_bytes()[:200].decode(errors="replace").strip()
             name = written.format(int(said)) if said.isdecimal() and "iter" in written else said

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import pickletools
+import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,8 +57,10 @@ def read_pickle(data: bytes, path: Path, admitted: Collection[str] | None) -> An
     """
     machine = Machine(path, admitted)
     try:
-        for opcode, argument, _ in pickletools.genops(io.BytesIO(data)):
-            machine.step(opcode.name, argument)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of backslashes in names, which are refused anyway
+            for opcode, argument, _ in pickletools.genops(io.BytesIO(data)):
+                machine.step(opcode.name, argument)
     except BadInput:
         raise
     except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
