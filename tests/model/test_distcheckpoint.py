@@ -96,6 +96,7 @@ class Pieces(Tensor):
         ]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        assert index.offset is not None
         return self.parts[index.offset]
 
 
@@ -209,7 +210,7 @@ def arguments(net) -> argparse.Namespace:
 
 
 def save_megatron(folder: Path, net, state: dict, **change: object) -> None:
-    besides = {"optimizer.state.exp_avg.decoder.final_layernorm.weight": torch.zeros(48)}
+    besides: dict[str, object] = {"optimizer.state.exp_avg.decoder.final_layernorm.weight": torch.zeros(48)}
     besides["decoder.layers.mlp.linear_fc1._extra_state/shard_0_3"] = io.BytesIO()
     save_pieces(folder, state | besides)
     (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
@@ -408,10 +409,17 @@ def boast(m, name: str) -> None:
 
 
 TORN = {
-    lose: "leave a hole", double: "overlap", reach: r"reaches \[81, 48\]", forget: "does not say where the piece",
-    move: "it is cut off", shift: "has no header at byte|no zip", escape: "no plain file name", miss: "is missing", swap: "its piece of",
+    lose: "leave a hole",
+    double: "overlap",
+    reach: r"reaches \[81, 48\]",
+    forget: "does not say where the piece",
+    move: "it is cut off",
+    shift: "has no header at byte|no zip",
+    escape: "no plain file name",
+    miss: "is missing",
+    swap: "its piece of",
     boast: "which no memory holds",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("alter", TORN, ids=lambda f: f.__name__)

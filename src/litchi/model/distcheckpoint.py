@@ -24,7 +24,7 @@ from torch import Tensor
 from litchi.config import BadInput, nearest
 from litchi.model.pickled import Made, read_pickle
 from litchi.model.tensorfile import Entry, TensorFile, broken, map_file, num_values, show
-from litchi.model.torchzip import DTYPES, TENSOR_NAMES, counts, dtype_of, is_count, open_archive, stored_tensor
+from litchi.model.torchzip import DTYPES, TENSOR_NAMES, counts, dtype_of, open_archive, stored_tensor
 
 METADATA = ".metadata"
 
@@ -174,7 +174,7 @@ def place(
     path: Path, name: str, where: Fields, offsets: tuple[int, ...], lengths: tuple[int, ...], sizes: Sizes
 ) -> Piece:
     file, begin, length = (where.get(key) for key in ("relative_path", "offset", "length"))
-    if not isinstance(file, str) or not is_count(begin) or not is_count(length):
+    if not isinstance(file, str) or not isinstance(begin, int) or not isinstance(length, int) or min(begin, length) < 0:
         broken(path, f"it does not say in which bytes of which file {show(name)} lies")
     if where.get("transform_descriptors"):
         raise BadInput(f"{path}: {show(name)} was transformed when it was saved: save it again without extensions")

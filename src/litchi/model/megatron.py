@@ -8,7 +8,7 @@ Megatron-LM saved; where both are there they must agree. Sources: megatron/core/
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +21,14 @@ from litchi.model.families import Asked, Grouped, Link, Padded, read_config
 from litchi.model.network import ModelConfig
 from litchi.model.pickled import Made
 from litchi.model.tensorfile import Entry, TensorFile, map_file, show
-from litchi.model.torchzip import open_archive
+from litchi.model.torchzip import kind_of, open_archive
 
 ANCHOR = "embedding.word_embeddings.weight"
 COMMON, COMMON_STATE = "common.pt", "common_state/shard_0_1"
 """Where the arguments are: a file or, since 2026, a blob under this name."""
 
-STACK = "decoder.layers."
+STACK, MAX_LAYERS = "decoder.layers.", 4096
+"""What is in a layer begins so; a stack that claims more layers is left with layers that nothing reads."""
 
 UNSEEN = ("theta", "scaling", "epsilon", "num_heads", "num_kv_heads", "head_width", "qk_norm", "tied")
 """What shapes do not tell, so that the arguments and a config.json must agree on it."""
@@ -49,21 +50,8 @@ class Layers(TensorFile):
     def __init__(self, file: Distributed, stored: Mapping[str, str]) -> None:
         """`stored`: Megatron's own name of a weight -> the name under which the checkpoint has it."""
         self.path, self._file = file.path, file
-        self._where: dict[str, Where] = {}
-        self.entries: dict[str, Entry] = {}
-        for name, at in stored.items():
-            entry = file.entries[at]
-            if name.startswith(STACK) and not name.removeprefix(STACK).partition(".")[0].isdigit():
-                for row in range(entry.shape[0] if entry.shape else 0):
-                    self._add(f"{STACK}{row}.{name.removeprefix(STACK)}", Where(at, row), entry.shape[1:], entry)
-            else:
-                self._add(name, Where(at, None), entry.shape, entry)
-
-    def _add(self, name: str, where: Where, shape: tuple[int, ...], entry: Entry) -> None:
-        if name in self._where:
-            raise BadInput(f"{self.path} holds {show(name)} twice, in a stack of layers and by itself")
-        self._where[name] = where
-        self.entries[name] = Entry(name, shape, entry.dtype, 0, 0)
+        self._where = dict(rows_of(file, stored))
+        self.entries = {name: sliced(name, file.entries[w.stored], w.row) for name, w in self._where.items()}
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         where = self._where.get(name, Where(name, None))
@@ -73,6 +61,25 @@ class Layers(TensorFile):
 
     def close(self) -> None:
         self._file.close()
+
+
+def rows_of(file: Distributed, stored: Mapping[str, str]) -> Iterator[tuple[str, Where]]:
+    """A stack of layers is as many weights; what has a number in its name, or is in no layer, is one."""
+    seen: set[str] = set()
+    for name, at in stored.items():
+        inner, shape = name.removeprefix(STACK), file.entries[at].shape
+        if name.startswith(STACK) and not inner.partition(".")[0].isdigit() and shape:
+            found = [(f"{STACK}{row}.{inner}", Where(at, row)) for row in range(min(shape[0], MAX_LAYERS))]
+        else:
+            found = [(name, Where(at, None))]
+        if twice := seen & {each for each, _ in found}:
+            raise BadInput(f"{file.path} holds {show(min(twice))} twice, in a stack of layers and by itself")
+        seen |= {each for each, _ in found}
+        yield from found
+
+
+def sliced(name: str, entry: Entry, row: int | None) -> Entry:
+    return Entry(name, entry.shape if row is None else entry.shape[1:], entry.dtype, 0, 0)
 
 
 # ---- tensors ------------------------------------------------------------------------------------------------------
@@ -143,7 +150,13 @@ def read_arguments(file: Distributed) -> dict[str, Any] | None:
         return None
     found = tree.get("args") if isinstance(tree, dict) else None
     state = found.state if isinstance(found, Made) else found
-    return dict(state) if isinstance(state, dict) else None
+    return {str(key): plain(value) for key, value in state.items()} if isinstance(state, dict) else None
+
+
+def plain(value: Any) -> Any:
+    """What is neither text nor a number says only what it is: nothing here asks more of it."""
+    small = isinstance(value, int | float) and abs(value) < 1 << 62
+    return value if value is None or small or isinstance(value, str) else kind_of(value)
 
 
 def said_config(args: Mapping[str, Any]) -> dict[str, Any]:

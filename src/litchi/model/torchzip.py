@@ -172,7 +172,10 @@ def is_count(value: Any) -> bool:
 
 
 def kind_of(node: Any) -> str:
-    return show(node.name) if isinstance(node, Made) else type(node).__name__
+    match node:
+        case Made(name) | Name(name):
+            return show(name)
+    return type(node).__name__
 
 
 class Window(io.RawIOBase):
