@@ -161,7 +161,7 @@ def chat(args: argparse.Namespace) -> int:
 
 
 def convert(args: argparse.Namespace) -> int:
-    """Write a model in another form: a Hugging Face folder or GGUF file as a checkpoint, a checkpoint as either.
+    """Write a model in another form: what others trained as a checkpoint, a checkpoint for Hugging Face or as one.
 
     A checkpoint written as a checkpoint keeps nothing that only resuming needs.
     """
@@ -496,7 +496,9 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--image", type=Path, help="a picture; without it an unseen room")
             sub.add_argument("--seed", type=int, default=0, help="which unseen room")
     sub = verb("convert", convert, settings=False)
-    sub.add_argument("source", help="a checkpoint, a Hugging Face folder or a GGUF file")
+    sub.add_argument(
+        "source", help="a checkpoint, or a folder of Hugging Face, Megatron-core, DeepSpeed or FSDP, or GGUF"
+    )
     sub.add_argument("destination", type=Path, help="the folder to write")
     sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     sub.add_argument("--to", choices=("litchi", "huggingface"), default="litchi", help="the form to write")

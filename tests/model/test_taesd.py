@@ -24,7 +24,7 @@ from litchi.model.latent import (
     read_autoencoder,
     save_autoencoder,
 )
-from litchi.model.pickled import read_pickled
+from litchi.model.torchfile import read_pickled
 from litchi.model.taesd import TinyAutoencoder, TinyConfig, infer_tiny, read_tiny
 from tests.model.autoencoders import TINY, gap, random_weights, signals, their_config, their_model
 

@@ -40,7 +40,7 @@ CHECKED_PARAMETERS = 2_000_000_000
 
 
 def adopt(source: Path, folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> Foreign:
-    """Write a Hugging Face folder or a GGUF file as a checkpoint; no more than one tensor is in memory at a time."""
+    """Write what `open_foreign` reads as a checkpoint; no more than one tensor is in memory at a time."""
     foreign = open_foreign(source)
     processor = processor_of(source, foreign)
     draft = folder.with_name(f".{folder.name}.writing")
@@ -103,17 +103,26 @@ def give_back(checkpoint: Path, folder: Path, *, dtype: torch.dtype = torch.floa
 
 def processor_of(source: Path, foreign: Foreign) -> ForeignProcessor:
     if source.is_dir():
-        said = optional(source / "special_tokens_map.json") | optional(source / "tokenizer_config.json")
-        alone = (source / "tokenizer.model").is_file() and not (source / "tokenizer.json").is_file()
-        ends = end_ids(source, foreign.original)
-        backend = from_pieces(source, said, ends) if alone else from_file(source / "tokenizer.json")
-        config = folder_config(source, said, ends, backend)
+        home = tokenizer_home(source, foreign.tensors.path)
+        said = optional(home / "special_tokens_map.json") | optional(home / "tokenizer_config.json")
+        alone = (home / "tokenizer.model").is_file() and not (home / "tokenizer.json").is_file()
+        ends = end_ids(home, foreign.original)
+        backend = from_pieces(home, said, ends) if alone else from_file(home / "tokenizer.json")
+        config = folder_config(home, said, ends, backend)
     else:
         backend, config = from_gguf(foreign.tensors.metadata), gguf_config(foreign.tensors.metadata)
     tokenizer = ForeignTokenizer(backend, config)
     if len(tokenizer) > foreign.config.vocab_size:
         raise BadInput(f"{source}: the tokenizer has {len(tokenizer)} ids, the model {foreign.config.vocab_size}")
     return ForeignProcessor(tokenizer, eye_of(source, foreign, tokenizer))
+
+
+def tokenizer_home(source: Path, place: Path) -> Path:
+    """Where the tokenizer is: in the folder that was named, or where Megatron puts it beside the weights."""
+    for home in (source, place, place / "tokenizer"):
+        if (home / "tokenizer.json").is_file() or (home / "tokenizer.model").is_file():
+            return home
+    return source
 
 
 def eye_of(source: Path, foreign: Foreign, tokenizer: ForeignTokenizer) -> Sight | None:

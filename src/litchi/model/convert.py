@@ -17,6 +17,7 @@ from torch import Tensor
 
 from litchi.config import BadInput, nearest
 from litchi.model.families import Link, fitting_family, parameters, read_gguf, write_config
+from litchi.model.frameworks import open_trained
 from litchi.model.network import Model, ModelConfig
 from litchi.model.tensorfile import TensorFile, check_finite, open_tensors
 from litchi.model.tensorwriter import TensorWriter
@@ -24,6 +25,9 @@ from litchi.model.vlm import family_of, links, read_config, spellings
 
 LEFT_OVER = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", "rope_freqs.weight")
 """Ends of names of tensors that are no weights: tables that old versions saved and anyone can compute."""
+
+HEADS = {"lm_head.weight", "output.weight", "output_layer.weight"}
+"""Names of the head: where it is the table, some save it again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,28 +43,38 @@ class Foreign:
 
 
 def open_foreign(path: Path) -> Foreign:
-    """A Hugging Face folder or a GGUF file. Raises BadInput for what is broken, unknown, or does not fit itself."""
-    if path.is_dir():
+    """A Hugging Face folder, a GGUF file, or a folder that Megatron-core, DeepSpeed or torch.distributed wrote.
+
+    Raises BadInput for what is broken, unknown, or does not fit itself.
+    """
+    said = read_json(path / "config.json") if (path / "config.json").is_file() else None
+    trained = open_trained(path, said) if path.is_dir() else None
+    if trained is not None:
+        config, family, original, tensors = trained.config, trained.family, trained.original, trained.tensors
+        wanted = trained.links
+    elif path.is_dir():
         original = read_json(path / "config.json")
         config, family = read_config(original), family_of(original)
-        tensors = open_tensors(path)
+        tensors, wanted = open_tensors(path), links(config, family)
     else:
         tensors = open_tensors(path)
         if "general.architecture" not in tensors.metadata:
             raise BadInput(f"{path} has no configuration in it: name the folder that also holds config.json")
         original, family = {}, "gguf"
         config = read_gguf(tensors.metadata, tensors.entries)
-    known = tuple(resolve(link, tensors, family) for link in links(config, family))
+        wanted = links(config, family)
+    known = tuple(resolve(link, tensors) for link in wanted)
     check(known, config, tensors)
     return Foreign(config, family, known, tensors, original)
 
 
-def resolve(link: Link, tensors: TensorFile, family: str) -> Link:
+def resolve(link: Link, tensors: TensorFile) -> Link:
     """The link under the name that this file has."""
     for name in spellings(link.theirs):
         if name in tensors.entries:
             return Link(name, link.ours, link.form)
-    hint = " (config.json says that the head is not the table: tie_word_embeddings)" if "lm_head" in link.theirs else ""
+    head = "lm_head" in link.theirs or "output_layer" in link.theirs
+    hint = " (config.json says that the head is not the table: tie_word_embeddings)" if head else ""
     raise BadInput(f"{tensors.path} has no {link.theirs!r}{hint}{nearest(link.theirs, tensors.entries)}")
 
 
@@ -76,7 +90,7 @@ def check(known: tuple[Link, ...], config: ModelConfig, tensors: TensorFile) -> 
             )
     left = [name for name in tensors.entries if not name.endswith(LEFT_OVER)]
     over = set(left) - {link.theirs for link in known}
-    if config.tied and (heads := {name for name in over if name == "output.weight" or name.endswith("lm_head.weight")}):
+    if config.tied and (heads := {name for name in over if name in HEADS or name.endswith("lm_head.weight")}):
         check_tied(tensors, min(heads), known)
         over -= heads
     if over:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from litchi.config import BadInput
@@ -101,7 +102,39 @@ class Row:
         return theirs[0, 0]
 
 
-Form = Transposed | Interleaved | Patches | Cells | Row
+@dataclass(frozen=True, slots=True)
+class Grouped:
+    """Three projections in one, key-value head by key-value head: its queries, its key, its value (Megatron)."""
+
+    heads: int
+    groups: int
+
+    def theirs(self, ours: Tensor) -> Tensor:
+        width = ours.shape[0] // (self.heads + 2 * self.groups)
+        parts = ours.split([self.heads * width, self.groups * width, self.groups * width])
+        return torch.cat([part.unflatten(0, (self.groups, -1)) for part in parts], 1).flatten(0, 1)
+
+    def ours(self, theirs: Tensor) -> Tensor:
+        rows = theirs.unflatten(0, (self.groups, self.heads // self.groups + 2, -1))
+        return torch.cat([part.flatten(0, 2) for part in (rows[:, :-2], rows[:, -2:-1], rows[:, -1:])])
+
+
+@dataclass(frozen=True, slots=True)
+class Padded:
+    """A table whose last rows no token has: ranks share the vocabulary evenly (Megatron)."""
+
+    rows: int
+    """Of ours."""
+    padded: int
+
+    def theirs(self, ours: Tensor) -> Tensor:
+        return F.pad(ours, (0, 0, 0, self.padded - self.rows))
+
+    def ours(self, theirs: Tensor) -> Tensor:
+        return theirs[: self.rows]
+
+
+Form = Transposed | Interleaved | Patches | Cells | Row | Grouped | Padded
 
 
 @dataclass(frozen=True, slots=True)

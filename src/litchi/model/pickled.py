@@ -1,64 +1,275 @@
-"""A file that torch.save wrote is read as named tensors and nothing else, so that nothing in it can run.
+"""A pickle is read as data: what it names stays a name, and what it would call is written down and never called.
 
-torch's restricted reader (`weights_only=True`) builds tensors and plain containers and refuses every other call that a
-pickle asks for. Around it stand the checks that it lacks: nothing in the archive may be compressed, so that memory is
-bounded by the file, and what comes out must be dense tensors under names. Where there is a choice, take safetensors.
+    tree = read_pickle(data, path, {"torch.Size", "collections.OrderedDict"})
+
+Nothing is imported and nothing runs, whatever the pickle says; a name that the caller did not admit is an error all
+the same. Opcodes are decoded by the standard library's `pickletools`, which only reads; those that today's writers do
+not use are refused. Memory stays within a small multiple of the pickle: it is built from what stands there, once.
 """
 
 from __future__ import annotations
 
-import zipfile
+import io
+import pickletools
+import warnings
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from litchi.config import BadInput
-from litchi.model.tensorfile import broken, first_bytes, show
+from litchi.model.tensorfile import broken, show
 
-WRAPPERS = ("state_dict", "model", "module")
-"""Keys under which training scripts put the tensors when they save more than these."""
+NEWEST = 5
+"""The latest protocol that Python has."""
 
 
-def read_pickled(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .pth, .pt, .bin or .ckpt file, as stored.
+@dataclass(frozen=True, slots=True, eq=False)
+class Name:
+    """A class, function or constant that the pickle names: `torch.float32`."""
 
-    Raises BadInput for a file that is no such archive, is compressed, asks for a call, or holds anything but tensors.
+    text: str
+
+
+@dataclass(slots=True, eq=False)
+class Made:
+    """What would have been called, with what, and what the result would then have been given."""
+
+    name: str
+    args: tuple
+    state: Any = None
+    items: list = field(default_factory=list)
+    pairs: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outside:
+    """What the pickle keeps elsewhere, by the key that finds it."""
+
+    key: Any
+
+
+def read_pickle(data: bytes, path: Path, admitted: Collection[str] | None) -> Any:
+    """The tree of a pickle: numbers, text, lists, tuples and dicts, and `Name`, `Made`, `Outside` for all else.
+
+    `admitted` are the names that may stand in it; None admits any, where what they are does not matter to the caller.
+    Raises BadInput for another name, and for a pickle that is cut off or broken.
     """
-    check_archive(path)
+    machine = Machine(path, admitted)
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a hostile stream can make the reader raise anything
-        reason = str(error).strip().partition("\n")[0][:200]
-        raise BadInput(
-            f"{path} holds more than tensors, or is damaged ({reason}): take its safetensors file"
-        ) from error
-    for key in WRAPPERS:
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-    if not isinstance(found, dict) or not found:
-        raise BadInput(f"{path} holds no dictionary of tensors, but {type(found).__name__}: name a file of weights")
-    for name, tensor in found.items():
-        check_tensor(path, name, tensor)
-    return dict(found)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of backslashes in names, which are refused anyway
+            for opcode, argument, _ in pickletools.genops(io.BytesIO(data)):
+                machine.step(opcode.name, argument)
+    except BadInput:
+        raise
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
+        broken(path, f"its pickle cannot be read ({type(error).__name__}: {str(error)[:120]})")
+    if len(machine.stack) != 1 or machine.below:
+        broken(path, "its pickle ends in the middle")
+    return machine.stack[0]
 
 
-def check_archive(path: Path) -> None:
-    if first_bytes(path)[:4] != b"PK\x03\x04":
-        raise BadInput(f"{path} is no archive of torch.save since version 1.6: save it again with a newer torch")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            packed = [info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]
-    except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError, OSError) as error:
-        broken(path, f"its archive cannot be read ({str(error)[:200]})")
-    if packed:
-        broken(path, f"{show(packed[0])} in it is compressed, which torch.save never does")
+class Machine:
+    """The stack machine of pickle without its hands."""
+
+    def __init__(self, path: Path, admitted: Collection[str] | None) -> None:
+        self.path, self.admitted = path, admitted
+        self.stack: list[Any] = []
+        self.below: list[list[Any]] = []
+        """Stacks that wait under a mark."""
+        self.memo: dict[int, Any] = {}
+
+    def step(self, name: str, argument: Any) -> None:
+        if name in VALUES:
+            self.stack.append(argument)
+        elif name in CONSTANTS:
+            self.stack.append(CONSTANTS[name]())
+        elif name in TUPLES:
+            count = TUPLES[name]
+            self.stack[len(self.stack) - count :] = [tuple(self.last(count))]
+        elif name in STEPS:
+            STEPS[name](self, argument)
+        else:
+            raise ValueError(f"{name} is no opcode that a writer of today uses")
+
+    def last(self, count: int) -> list[Any]:
+        if len(self.stack) < count:
+            raise IndexError("it takes more than there is")
+        return self.stack[len(self.stack) - count :]
+
+    def marked(self) -> list[Any]:
+        """What stands above the last mark, which goes with it."""
+        found, self.stack = self.stack, self.below.pop()
+        return found
+
+    def refer(self, text: str) -> None:
+        if self.admitted is not None and text not in self.admitted:
+            raise BadInput(
+                f"{self.path} is a pickle that names {show(text)}, which has no place in such a file: nothing of it was"
+                " run; take the file from a source that you trust, written by torch or Megatron alone"
+            )
+        self.stack.append(Name(text))
 
 
-def check_tensor(path: Path, name: object, tensor: object) -> None:
-    if not isinstance(name, str) or not isinstance(tensor, Tensor):
-        raise BadInput(
-            f"{path}: {str(name)[:80]!r} is {type(tensor).__name__} and not a tensor: name a file of weights"
-        )
-    if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
-        raise BadInput(f"{path}: {show(name)} is no dense tensor: save it again as one")
+# ---- steps --------------------------------------------------------------------------------------------------------
+
+
+def mark(m: Machine, _: Any) -> None:
+    m.below.append(m.stack)
+    m.stack = []
+
+
+def remember(m: Machine, index: Any) -> None:
+    m.memo[len(m.memo) if index is None else index] = m.stack[-1]
+
+
+def recall(m: Machine, index: int) -> None:
+    m.stack.append(m.memo[index])
+
+
+def drop(m: Machine, _: Any) -> None:
+    m.stack.pop()
+
+
+def name(m: Machine, both: str) -> None:
+    m.refer(both.replace(" ", ".", 1))
+
+
+def name_on_stack(m: Machine, _: Any) -> None:
+    inner, outer = m.stack.pop(), m.stack.pop()
+    if not isinstance(inner, str) or not isinstance(outer, str):
+        raise TypeError("a name in it is no text")
+    m.refer(f"{outer}.{inner}")
+
+
+def make(m: Machine, _: Any) -> None:
+    args, called = m.stack.pop(), m.stack.pop()
+    if not isinstance(called, Name) or not isinstance(args, tuple):
+        raise TypeError("it calls what is no name")
+    m.stack.append(Made(called.text, args))
+
+
+def make_with_names(m: Machine, _: Any) -> None:
+    named, args, called = m.stack.pop(), m.stack.pop(), m.stack.pop()
+    if not isinstance(called, Name) or not isinstance(args, tuple):
+        raise TypeError("it calls what is no name")
+    m.stack.append(Made(called.text, (*args, named)))
+
+
+def give_state(m: Machine, _: Any) -> None:
+    state = m.stack.pop()
+    if not isinstance(m.stack[-1], Made):
+        raise TypeError("it gives a state to what has none")
+    m.stack[-1].state = state
+
+
+def append_all(m: Machine, _: Any) -> None:
+    add_items(m, m.marked())
+
+
+def append_one(m: Machine, _: Any) -> None:
+    add_items(m, [m.stack.pop()])
+
+
+def add_items(m: Machine, found: list[Any]) -> None:
+    target = m.stack[-1]
+    if not isinstance(target, list | Made):
+        raise TypeError("it appends to what is no list")
+    (target if isinstance(target, list) else target.items).extend(found)
+
+
+def set_all(m: Machine, _: Any) -> None:
+    add_pairs(m, m.marked())
+
+
+def set_one(m: Machine, _: Any) -> None:
+    value, key = m.stack.pop(), m.stack.pop()
+    add_pairs(m, [key, value])
+
+
+def add_pairs(m: Machine, found: list[Any]) -> None:
+    target = m.stack[-1]
+    if not isinstance(target, dict | Made) or len(found) % 2:
+        raise TypeError("it sets keys in what is no dict")
+    pairs = target if isinstance(target, dict) else target.pairs
+    for key, value in zip(found[::2], found[1::2], strict=True):
+        if not is_key(key) and not (isinstance(key, tuple) and all(map(is_key, key))):
+            raise TypeError("a key in it is neither text nor a number")
+        pairs[key] = value
+
+
+def is_key(value: Any) -> bool:
+    """Deeper keys are refused: to hash them takes Python's own stack."""
+    return value is None or isinstance(value, str | int | float | bytes | Name | Made)
+
+
+def make_list(m: Machine, _: Any) -> None:
+    found = m.marked()
+    m.stack.append(found)
+
+
+def make_tuple(m: Machine, _: Any) -> None:
+    found = tuple(m.marked())
+    m.stack.append(found)
+
+
+def make_dict(m: Machine, _: Any) -> None:
+    found = m.marked()
+    m.stack.append({})
+    add_pairs(m, found)
+
+
+def fetch(m: Machine, _: Any) -> None:
+    m.stack.append(Outside(m.stack.pop()))
+
+
+def check_protocol(_: Machine, version: int) -> None:
+    if version > NEWEST:
+        raise ValueError(f"protocol {version} is not known")
+
+
+def nothing(_: Machine, __: Any) -> None:
+    """Frames and the stop say nothing that a reader of bytes does not know."""
+
+
+VALUES = {"BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"}
+VALUES |= {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8"}
+CONSTANTS: dict[str, Callable[[], Any]] = {
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_TUPLE": tuple,
+    "EMPTY_LIST": list,
+    "EMPTY_DICT": dict,
+    "EMPTY_SET": list,
+}
+TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+STEPS: dict[str, Callable[[Machine, Any], None]] = {
+    "MARK": mark,
+    "MEMOIZE": remember,
+    "BINPUT": remember,
+    "LONG_BINPUT": remember,
+    "BINGET": recall,
+    "LONG_BINGET": recall,
+    "POP": drop,
+    "GLOBAL": name,
+    "STACK_GLOBAL": name_on_stack,
+    "REDUCE": make,
+    "NEWOBJ": make,
+    "NEWOBJ_EX": make_with_names,
+    "BUILD": give_state,
+    "APPENDS": append_all,
+    "APPEND": append_one,
+    "ADDITEMS": append_all,
+    "SETITEMS": set_all,
+    "SETITEM": set_one,
+    "LIST": make_list,
+    "TUPLE": make_tuple,
+    "FROZENSET": make_list,
+    "DICT": make_dict,
+    "BINPERSID": fetch,
+    "PROTO": check_protocol,
+    "FRAME": nothing,
+    "STOP": nothing,
+}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from litchi.config import BadInput, nearest
 from litchi.model.families import Asked
-from litchi.model.pickled import read_pickled
+from litchi.model.torchfile import read_pickled
 from litchi.model.tensorfile import check_finite, first_bytes, open_tensors
 
 MAX_DEPTH, MAX_WIDTH = 64, 1 << 16
