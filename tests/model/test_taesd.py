@@ -24,8 +24,8 @@ from litchi.model.latent import (
     read_autoencoder,
     save_autoencoder,
 )
-from litchi.model.torchfile import read_pickled
 from litchi.model.taesd import TinyAutoencoder, TinyConfig, infer_tiny, read_tiny
+from litchi.model.torchfile import read_pickled
 from tests.model.autoencoders import TINY, gap, random_weights, signals, their_config, their_model
 
 SHARED = Path(__file__).parents[3] / "shared"

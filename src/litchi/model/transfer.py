@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from litchi.config import BadInput, nearest
 from litchi.model.families import Asked
-from litchi.model.torchfile import read_pickled
 from litchi.model.tensorfile import check_finite, first_bytes, open_tensors
+from litchi.model.torchfile import read_pickled
 
 MAX_DEPTH, MAX_WIDTH = 64, 1 << 16
 """Layers of a stage or stages, and channels, beyond any autoencoder that there is."""
