@@ -174,6 +174,7 @@ def test_what_of_timm_cannot_be_computed_is_named(tmp_path: Path) -> None:
         ({"pos_embed": saved["pos_embed"][:, 1:]}, "class token without a position"),
         ({"blocks.0.mlp.fc2.weight": torch.zeros(32, 24)}, "SwiGLU"),
         ({"dist_token": torch.zeros(1, 1, 32)}, "nothing reads, such as 'dist_token'"),
+        ({"pos_embed": saved["pos_embed"][0]}, "pos_embed three"),
         ({"norm.weight": torch.zeros(31)}, "norm.weight has shape"),
     ):
         with pytest.raises(BadInput, match=named):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from litchi.config import BadInput
 from litchi.model import families
@@ -37,7 +38,7 @@ WEIGHTS = "ema.safetensors"
 PARTS = ("llm_config", "vit_config")
 """Configurations that the folder holds as files of these names beside config.json, where it may hold them too."""
 
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "visual_gen": True,
     "visual_und": True,
     "latent_patch_size": 2,
@@ -145,8 +146,12 @@ def load_bagel(folder: Path) -> tuple[Model, Json]:
         model = Model(foreign.config)
     model.to_empty(device="cpu")
     named = dict(model.named_parameters())
+
+    def put(name: str, tensor: Tensor) -> None:
+        named[name].copy_(tensor)
+
     with torch.no_grad():
-        stream(foreign, lambda name, tensor: named[name].copy_(tensor), torch.float32)
+        stream(foreign, put, torch.float32)
     return model.eval(), foreign.original
 
 

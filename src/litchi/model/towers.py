@@ -97,6 +97,10 @@ def timm_tower(config: Json, tensors: Mapping[str, Tensor]) -> Tower:
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     if lacking := {"patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight"} - set(shapes):
         raise BadInput(f"{name}: the weights lack {min(lacking)!r}: of timm, only its vision transformers can be read")
+    if len(shapes["patch_embed.proj.weight"]) != 4 or len(shapes["pos_embed"]) != 3:
+        raise BadInput(
+            f"{name}: patch_embed.proj.weight must have four dimensions and pos_embed three, as timm has them"
+        )
     width, channels, patch, _ = shapes["patch_embed.proj.weight"]
     mlp_width, class_token = shapes["blocks.0.mlp.fc1.weight"][0], "cls_token" in shapes
     usual_heads = HEADS.get(width, 16 if name.startswith("vit_base_patch16_gap_224") else width // 64)

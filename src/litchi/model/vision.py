@@ -184,7 +184,7 @@ class VisionEncoder(nn.Module):
         exact_N2 = place_N2 * (grid - 1) / (side_N2 - 1).clamp(min=1)
         low_N2 = exact_N2.floor().long().clamp(max=grid - 1)
         high_N2, share_N2 = (low_N2 + 1).clamp(max=grid - 1), exact_N2 - low_N2
-        x_ND = 0
+        x_ND = torch.zeros((), device=place_N2.device)
         for (rows, down), (columns, across) in product(
             *(((low_N2[:, i], 1 - share_N2[:, i]), (high_N2[:, i], share_N2[:, i])) for i in range(2))
         ):
