@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from litchi.cli import find_checkpoint
 from litchi.config import to_json
@@ -123,7 +124,7 @@ class Claims(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> Any:
         return claim(self.indices[index])
 
 
@@ -154,7 +155,8 @@ class Pictures:
         test = {scene(sample) for sample in nlvr_samples(self.nlvr_folder, "test")}
         boxes = Claims(NUM_CLAIMS, lambda sample: scene(sample) not in test)
         forms = ("choice", "name", "category", "colour")
-        return {f: emoji_samples(self.emoji, f, "train", rounds=ROUNDS) for f in forms} | {"claims": boxes}
+        shelves: dict[str, Sequence[Sample]] = {"claims": boxes}
+        return shelves | {form: emoji_samples(self.emoji, form, "train", rounds=ROUNDS) for form in forms}
 
     def tasks(self) -> list[Task]:
         test = {form: emoji_samples(self.emoji, form, "test")[: self.most] for form in ("choice", "category", "colour")}

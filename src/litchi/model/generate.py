@@ -14,7 +14,7 @@ from torch import Tensor
 
 from litchi.config import BadInput
 from litchi.model.cache import KVCache
-from litchi.model.network import Flow, Mask, Model
+from litchi.model.network import Flow, Mask, Model, Velocity
 from litchi.model.sampling import euler, reveal, sample_token
 from litchi.schema.arrays import MASK
 from litchi.schema.processor import Builder, Continuous, Discrete, Processor, grid_places
@@ -196,18 +196,20 @@ class Generator:
                 steps = steps or value.numel()
                 for step in range(steps):
                     time = float((value != MASK).float().mean())
-                    scores = self.model.clean(self.read_span(state, modality, value, time, places), modality)
+                    x_ND = self.read_span(state, modality, value, time, places)
+                    scores = self.model.clean(x_ND, modality, value, time)
                     left, params = steps - step, request.params
                     value = reveal(value, scores, steps_left=left, params=params, generator=state.generator)
                     if not bool((value == MASK).any()):
                         break
                 return value
-            case Flow(channels=channels):
+            case Flow(channels=channels) | Velocity(channels=channels):
                 value = torch.randn(len(places), channels, generator=state.generator)
                 steps = steps or FLOW_STEPS
                 for step in range(steps):
                     time = step / steps
-                    clean = self.model.clean(self.read_span(state, modality, value, time, places), modality)
+                    x_ND = self.read_span(state, modality, value, time, places)
+                    clean = self.model.clean(x_ND, modality, value, time)
                     value = euler(value, clean, time, 1 / steps)
                 return value
             case other:

@@ -23,7 +23,7 @@ from litchi.model.attention import Attend, attention_for
 from litchi.model.cache import KVCache
 from litchi.model.moe import Mixture, SparseMLP
 from litchi.model.rope import Scaling, rotate, rotations
-from litchi.model.vision import Tower, VisionTower
+from litchi.model.vision import SineTable, Tower, VisionTower
 from litchi.schema.arrays import MASK
 from litchi.schema.sequence import Batch, Modality, Vectors
 
@@ -53,7 +53,17 @@ class Features:
     channels: int
 
 
-Kind = Mask | Flow | Tower | Features
+@dataclass(frozen=True, slots=True)
+class Velocity:
+    """Continuous vectors, corrupted as those of a flow, as DiT and BAGEL have them: a fixed table of sines places them,
+    two layers read how noised they are, and the head predicts the velocity from clean to noise."""
+
+    channels: int
+    grid: int
+    """Rows and columns of the table; a picture begins in its corner."""
+
+
+Kind = Mask | Flow | Velocity | Tower | Features
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +83,8 @@ class ModelConfig:
     modalities: dict[str, Kind] = field(default_factory=dict)
     """`Modality` value -> how its vectors are read and written."""
     experts: int = 1
+    own_norms: bool = False
+    """Whether the second expert also has a last norm of its own (BAGEL)."""
     theta: float = 10_000.0
     qk_norm: bool = True
     tied: bool = True
@@ -232,6 +244,10 @@ class Reader(nn.Module):
                 self.anywhere = nn.Linear(width, c.width, bias=False)
             case Flow(channels):
                 self.value = nn.Linear(channels, c.width)
+            case Velocity(channels, grid):
+                self.value, self.place = nn.Linear(channels, c.width), SineTable(grid, c.width)
+                self.time = TimeEmbedder(c.width)
+                return
             case Tower():
                 self.tower = VisionTower(kind, c.width)
                 return
@@ -250,6 +266,8 @@ class Reader(nn.Module):
                 x_ND = self.slots(held_NCW.flatten(1)) + self.anywhere(held_NCW.sum(1))
             case Flow():
                 x_ND = self.value(v.value)
+            case Velocity():
+                return self.value(v.value) + self.time(1 - v.time) + self.place(v.place)
             case Tower():
                 return self.tower(v.value, v.place)
             case Features():
@@ -260,24 +278,40 @@ class Reader(nn.Module):
         return x_ND + self.place(place_N2 + offset).sum(1) + self.time(harmonic.cos())
 
 
-class Writer(nn.Module):
-    """The trunk's width to what a vector is when clean: scores of each digit (N, C, L), or values (N, C)."""
+class TimeEmbedder(nn.Module):
+    """A share of noise as sines of many frequencies, through two layers (DiT)."""
 
-    def __init__(self, kind: Mask | Flow, c: ModelConfig) -> None:
+    def __init__(self, width: int, num_sines: int = 128) -> None:
+        super().__init__()
+        self.num_sines = num_sines
+        self.fc1, self.fc2 = nn.Linear(2 * num_sines, width), nn.Linear(width, width)
+
+    def forward(self, noise_N: Float[Tensor, "N"]) -> Float[Tensor, "N D"]:
+        step = torch.arange(self.num_sines, device=noise_N.device, dtype=torch.float32)
+        angle = noise_N[:, None].float() * torch.exp(-math.log(10_000) * step / self.num_sines)
+        sines = torch.cat([angle.cos(), angle.sin()], 1).to(self.fc1.weight.dtype)
+        return self.fc2(F.silu(self.fc1(sines)))
+
+
+class Writer(nn.Module):
+    """The trunk's width to what a vector is when clean: scores of each digit (N, C, L), or values (N, C); or to its
+    velocity (N, C)."""
+
+    def __init__(self, kind: Mask | Flow | Velocity, c: ModelConfig) -> None:
         super().__init__()
         self.kind = kind
         match kind:
             case Mask(digits, levels, width):
                 self.slots = nn.Linear(c.width, digits * width, bias=False)
                 self.table = nn.Linear(width, levels)
-            case Flow(channels):
+            case Flow(channels) | Velocity(channels):
                 self.value = nn.Linear(c.width, channels)
 
     def forward(self, x_ND: Float[Tensor, "N D"]) -> Tensor:
         match self.kind:
             case Mask(digits=digits):
                 return self.table(self.slots(x_ND).unflatten(-1, (digits, -1)))
-            case Flow():
+            case Flow() | Velocity():
                 return self.value(x_ND)
 
 
@@ -294,10 +328,12 @@ class Model(nn.Module):
         self.embed_tokens = nn.Embedding(c.vocab_size, c.width)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_layers))
         self.norm = norm_of(c)
+        if c.own_norms:
+            self.norm_moe_gen = norm_of(c)
         if c.places:
             self.embed_positions = nn.Embedding(c.places, c.width)
         self.readers = nn.ModuleDict({m: Reader(kind, c) for m, kind in c.modalities.items()})
-        drawn = {m: kind for m, kind in c.modalities.items() if isinstance(kind, Mask | Flow)}
+        drawn = {m: kind for m, kind in c.modalities.items() if isinstance(kind, Mask | Flow | Velocity)}
         self.writers = nn.ModuleDict({m: Writer(kind, c) for m, kind in drawn.items()})
         if not c.tied:
             self.lm_head = nn.Linear(c.width, c.vocab_size, bias=False)
@@ -315,6 +351,8 @@ class Model(nn.Module):
             for index_N, x_NXD in seen:
                 if index + 1 < x_NXD.shape[1]:
                     x_TD = x_TD.index_add(0, index_N, x_NXD[:, index + 1].to(x_TD.dtype))
+        if c.own_norms:
+            return rejoin([self.norm(x_TD[route[0]]), self.norm_moe_gen(x_TD[route[1]])], route)
         return self.norm(x_TD)
 
     def see(self, batch: Batch) -> list[tuple[Int[Tensor, "N"], Float[Tensor, "N X D"]]]:
@@ -349,9 +387,13 @@ class Model(nn.Module):
         """Scores of the next token."""
         return F.linear(x_TD, self.embed_tokens.weight) if self.config.tied else self.lm_head(x_TD)
 
-    def clean(self, x_ND: Float[Tensor, "N D"], modality: str) -> Tensor:
-        """What the vectors are without corruption: digit scores (N, C, L) for masks, values (N, C) for flows."""
-        return self.writers[modality](x_ND)
+    def clean(self, x_ND: Float[Tensor, "N D"], modality: str, value_NC: Tensor, time: Tensor | float) -> Tensor:
+        """What the vectors are without corruption: digit scores (N, C, L) for masks, values (N, C) for flows.
+
+        `value` is what was read, at its `time`, a number or (N, 1).
+        """
+        said = self.writers[modality](x_ND)
+        return value_NC - (1 - time) * said if isinstance(self.config.modalities[modality], Velocity) else said
 
 
 def initialise(model: Model, seed: int) -> None:
@@ -363,6 +405,8 @@ def initialise(model: Model, seed: int) -> None:
     scale = 1 / math.sqrt(2 * model.config.num_layers)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:  # a fixed table
+                continue
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
             table = name.endswith(".table.weight")
             if (name.startswith("writers.") and not table) or name.endswith("bias"):

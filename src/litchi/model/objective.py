@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from litchi.model.network import Flow, Mask, Model
+from litchi.model.network import Flow, Mask, Model, Velocity
 from litchi.schema.arrays import IGNORE, MASK
 from litchi.schema.sequence import Batch, Modality, Vectors
 
@@ -93,7 +93,7 @@ def corrupt(model: Model, batch: Batch, generator: torch.Generator) -> Batch:
             case Mask():
                 keep = torch.rand(v.value.shape, generator=generator).to(time.device) < time
                 value = torch.where(keep, v.value, MASK)
-            case Flow():
+            case Flow() | Velocity():
                 noise = torch.randn(v.value.shape, generator=generator).to(time.device)
                 value = time * v.value + (1 - time) * noise
             case _:
@@ -108,7 +108,7 @@ def span_loss(model: Model, x_TD: Tensor, modality: str, v: Vectors, noised: Vec
     With x predicted, the error of the velocity is that of x over (1 - t) squared; (1 - t) is bounded at 0.1.
     """
     rows = v.weight > 0
-    guess = model.clean(x_TD[v.index[rows]], modality).float()
+    guess = model.clean(x_TD[v.index[rows]], modality, noised.value[rows], noised.time[rows, None]).float()
     weight = v.weight[rows]
     match model.config.modalities[modality]:
         case Mask():

@@ -37,9 +37,10 @@ class Tower:
     """0 is four times the width."""
     activation: Activation = "gelu"
     epsilon: float = 1e-5
-    table: Literal["axes", "cells", "stretched"] = "axes"
-    """A position is the sum of its row's and its column's, or has a row of its own; then a picture is grid x grid, or
-    the table is stretched over it (bilinear, corner on corner)."""
+    table: Literal["axes", "cells", "corner", "stretched", "resized"] = "axes"
+    """A position is the sum of its row's and its column's, or has a row of its own. Then a picture lies in the middle
+    of the grid, or in its first corner (BAGEL); or the table is stretched over it (bilinear, corner on corner: Qwen-VL)
+    or resized to it as a picture would be (bilinear, smoothed where it shrinks: SigLIP2)."""
     turns: bool = False
     """Whether heads turn with a patch's row and column (Qwen-VL)."""
     class_token: bool = False
@@ -53,8 +54,11 @@ class Tower:
     """Layers that are run; their rows are taken as they are (LLaVA leaves out the last). 0 runs all, and the norm."""
     merge: int = 1
     """A token shows merge x merge patches, whose rows the projector reads as one (SmolVLM's pixel shuffle)."""
-    projector: Literal["mlp", "linear", "merger"] = "mlp"
-    """Two layers with GELU between (LLaVA), one matrix (SmolVLM), or the two behind a norm of their own (Qwen3-VL)."""
+    projector: Literal["mlp", "mlp_tanh", "linear", "merger"] = "mlp"
+    """Two layers with GELU between (LLaVA) or its tanh form (BAGEL), one matrix (SmolVLM), or the two behind a norm of
+    their own (Qwen3-VL)."""
+    sines: int = 0
+    """Rows and columns of a fixed table of sines that is added behind the projector (BAGEL)."""
     frames: int = 1
     """Frames of a film that one patch covers (Qwen-VL)."""
     deep: tuple[int, ...] = ()
@@ -141,7 +145,10 @@ class VisionEncoder(nn.Module):
     def forward(
         self, value_NC: Float[Tensor, "N C"], picture_N: Int[Tensor, "N"], place_N2: Int[Tensor, "N 2"]
     ) -> Float[Tensor, "N W"]:
-        """`picture` numbers the picture of each patch, `place` is its row and column within it, in [0, grid)."""
+        """`picture` numbers the picture of each patch, `place` is its row and column within it, in [0, grid).
+
+        Where the table is stretched or resized, a picture may have more rows and columns than the grid.
+        """
         *_, x_ND = self.states(value_NC, picture_N, place_N2)
         return x_ND if self.config.take else self.post_layernorm(x_ND)
 
@@ -168,9 +175,12 @@ class VisionEncoder(nn.Module):
             case "axes":
                 offset = torch.tensor([first, first + grid], device=place_N2.device)
                 return self.position_embedding(place_N2 + offset).sum(1)
-            case "cells":
+            case "cells" | "corner":
                 return self.position_embedding(place_N2[:, 0] * grid + place_N2[:, 1] + first)
         side_N2 = sides(picture_N, place_N2)
+        if self.config.table == "resized":
+            down_NG, across_NG = (resized(place_N2[:, axis], side_N2[:, axis], grid) for axis in range(2))
+            return (down_NG[:, :, None] * across_NG[:, None]).flatten(1) @ self.position_embedding.weight
         exact_N2 = place_N2 * (grid - 1) / (side_N2 - 1).clamp(min=1)
         low_N2 = exact_N2.floor().long().clamp(max=grid - 1)
         high_N2, share_N2 = (low_N2 + 1).clamp(max=grid - 1), exact_N2 - low_N2
@@ -179,6 +189,15 @@ class VisionEncoder(nn.Module):
         for (rows, down), (columns, across) in product(*ends):
             x_ND = x_ND + self.position_embedding(rows * grid + columns) * (down * across)[:, None]
         return x_ND
+
+
+def resized(place_N: Tensor, side_N: Tensor, grid: int) -> Float[Tensor, "N G"]:
+    """What each line of a grid adds to a line of a picture that the grid is resized to: a triangle."""
+    scale_N = grid / side_N.float()
+    centre_N = (place_N + 0.5) * scale_N - 0.5
+    away_NG = (torch.arange(grid, device=place_N.device) - centre_N[:, None]).abs() / scale_N.clamp(min=1)[:, None]
+    share_NG = (1 - away_NG).clamp(min=0)
+    return share_NG / share_NG.sum(1, keepdim=True)
 
 
 def axial(place_N2: Tensor, head_width: int) -> tuple[Tensor, Tensor]:
@@ -199,6 +218,25 @@ def corners(picture_N: Tensor, place_N2: Tensor, which: Literal["amin", "amax"])
 def sides(picture_N: Tensor, place_N2: Tensor) -> Int[Tensor, "N 2"]:
     """Rows and columns of each patch's picture."""
     return corners(picture_N, place_N2, "amax") - corners(picture_N, place_N2, "amin") + 1
+
+
+class SineTable(nn.Module):
+    """A fixed row for each place of a grid, counted from the corner of a picture: its column as sines and cosines, and
+    then its row (MAE, DiT). Not trained; it is saved with the weights, as BAGEL saves it."""
+
+    def __init__(self, grid: int, width: int) -> None:
+        super().__init__()
+        self.grid = grid
+        frequency = 10_000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+        angle_GF = torch.arange(grid)[:, None] * frequency
+        line_GF = torch.cat([angle_GF.sin(), angle_GF.cos()], 1).float()
+        table_GGW = torch.cat([line_GF.expand(grid, -1, -1), line_GF[:, None].expand(-1, grid, -1)], 2)
+        self.weight = nn.Parameter(table_GGW.flatten(0, 1), requires_grad=False)
+
+    def forward(self, place_N3: Int[Tensor, "N 3"]) -> Float[Tensor, "N W"]:
+        """`place` is a picture, and a row and column there, as `Vectors` has it."""
+        place_N2 = (place_N3[:, 1:] - corners(place_N3[:, 0], place_N3[:, 1:], "amin")).clamp(max=self.grid - 1)
+        return F.embedding(place_N2[:, 0] * self.grid + place_N2[:, 1], self.weight)
 
 
 class Merger(nn.Module):
@@ -226,13 +264,16 @@ class VisionTower(nn.Module):
         self.encoder = VisionEncoder(c)
         wide = c.width * c.merge**2
         match c.projector:
-            case "mlp":
-                self.project = nn.Sequential(nn.Linear(wide, width), nn.GELU(), nn.Linear(width, width))
+            case "mlp" | "mlp_tanh":
+                gelu = nn.GELU("none" if c.projector == "mlp" else "tanh")
+                self.project = nn.Sequential(nn.Linear(wide, width), gelu, nn.Linear(width, width))
             case "linear":
                 self.project = nn.Linear(wide, width, bias=False)
             case "merger":
                 self.project = Merger(c, width, late=False)
         self.deep = nn.ModuleList(Merger(c, width, late=True) for _ in c.deep)
+        if c.sines:
+            self.sines = SineTable(c.sines, width)
         if c.newline:
             self.newline = nn.Parameter(torch.zeros(width))
 
@@ -254,15 +295,17 @@ class VisionTower(nn.Module):
                 deep.append(self.deep[c.deep.index(index)](x_ND.unflatten(0, (-1, patches))))
         x_NPW = (x_ND if c.take else self.encoder.post_layernorm(x_ND)).unflatten(0, (-1, patches))
         x_ND = self.project(x_NPW if c.projector == "merger" else x_NPW.flatten(1))
+        if c.sines:
+            x_ND = x_ND + self.sines(place_N3)
         return torch.stack([x_ND, *deep], 1)
 
     def spread(self, place_N3: Tensor) -> Int[Tensor, "N 2"]:
         """Row and column, from 0, of every patch of every token."""
         c, m = self.config, self.config.merge
-        if c.table == "stretched":
+        if c.table in ("corner", "stretched", "resized"):
             place_N2 = place_N3[:, 1:] - corners(place_N3[:, 0], place_N3[:, 1:], "amin")
         else:
             place_N2 = place_N3[:, 1:] + c.grid // m // 2
         within = torch.cartesian_prod(*[torch.arange(m, device=place_N3.device)] * 2).view(-1, 2)
         place_N2 = (place_N2[:, None] * m + within).flatten(0, 1)
-        return place_N2 if c.table == "stretched" else place_N2.clamp(0, c.grid - 1)
+        return place_N2 if c.table in ("stretched", "resized") else place_N2.clamp(0, c.grid - 1)

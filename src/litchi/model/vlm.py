@@ -77,6 +77,10 @@ def llava_tower(config: Json, vision: Json) -> Tower:
     asked.only("projector_hidden_act", "gelu", "gelu")
     asked.only("multimodal_projector_bias", True, True)
     tower = read_tower({"model_type": "clip_vision_model"} | vision)
+    if tower.table == "resized":
+        raise BadInput(
+            f"{family}: a tower of model_type 'siglip2_vision_model' cannot be read here; of one size it can"
+        )
     layer = config.get("vision_feature_layer", -2)
     if not isinstance(layer, int) or isinstance(layer, bool) or not -tower.num_layers <= layer <= tower.num_layers:
         raise BadInput(f"{family}: vision_feature_layer={layer!r} cannot be computed here; the number of one layer can")

@@ -274,7 +274,7 @@ def to_hugging_face(name: str) -> str:
         if expert:
             rest[0 if rest[0] == "mlp" else -2] += "_moe_gen"
         return ".".join(["model", "layers", parts[1], *rest])
-    return f"model.{name}" if parts[0] in ("embed_tokens", "norm") else name
+    return f"model.{name}" if parts[0] in ("embed_tokens", "norm", "norm_moe_gen") else name
 
 
 def from_hugging_face(name: str) -> str:
