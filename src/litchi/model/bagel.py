@@ -134,7 +134,7 @@ def open_bagel(folder: Path) -> Foreign:
         if (folder / f"{key}.json").is_file() or not original.get(key):
             original[key] = read_json(folder / f"{key}.json")
     config, tensors = read_bagel(original), open_tensors(folder / WEIGHTS)
-    links = tuple(resolve(link, tensors, "bagel") for link in bagel_links(config))
+    links = tuple(resolve(link, tensors) for link in bagel_links(config))
     check(links, config, tensors)
     return Foreign(config, "bagel", links, tensors, original)
 
