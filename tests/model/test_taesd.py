@@ -24,8 +24,12 @@ from litchi.model.latent import (
     read_autoencoder,
     save_autoencoder,
 )
+from litchi.model.network import Flow, Model, ModelConfig, initialise
 from litchi.model.taesd import TinyAutoencoder, TinyConfig, infer_tiny, read_tiny
 from litchi.model.torchfile import read_pickled
+from litchi.model.weights import load, save
+from litchi.schema.processor import Noising, Processor
+from litchi.schema.tokenizer import Tokenizer
 from tests.model.autoencoders import TINY, gap, random_weights, signals, their_config, their_model
 
 SHARED = Path(__file__).parents[3] / "shared"
@@ -52,6 +56,20 @@ def halves(model: TinyAutoencoder, dtype: torch.dtype = torch.float32) -> dict[s
 @pytest.fixture(scope="module")
 def taef2() -> TinyAutoencoder:
     return load_autoencoder(TAEF2)
+
+
+def test_a_checkpoint_keeps_the_autoencoder_that_it_draws_with(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    codec = LatentCodec.of(TinyAutoencoder(SMALL), pack=2)
+    tokenizer = Tokenizer.train(["a red ball"], vocab_size=300, actions=[])
+    net = Model(ModelConfig(vocab_size=len(tokenizer), width=16, num_layers=1, num_heads=1, num_kv_heads=1,
+                            head_width=16, mlp_width=16, modalities={"image": Flow(codec.channels)}))  # fmt: skip
+    initialise(net, 0)
+    save(tmp_path / "kept", net, Processor(tokenizer, codec, {}, Noising()), meta={})
+    again = load(tmp_path / "kept").processor.codec
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    assert isinstance(again, LatentCodec) and again.config == codec.config
+    assert torch.equal(again.encode(pixels), codec.encode(pixels))
 
 
 @real

@@ -27,6 +27,7 @@ from litchi.config import BadInput, from_json, to_json
 from litchi.model.codec import CodecConfig, PixelCodec, PixelCodecConfig, TileCodec, build_codec, regroup
 from litchi.model.efficientnet import from_tensors
 from litchi.model.eye import NAME, FrozenEye, FrozenEyeConfig
+from litchi.model.latent import LatentCodec, LatentCodecConfig
 from litchi.model.network import Mask, Model, ModelConfig
 from litchi.model.tensorfile import open_tensors
 from litchi.schema.backends import from_file
@@ -52,7 +53,7 @@ GOLDEN_TOLERANCE = 2e-3
 class ProcessorConfig:
     """All of a processor that is not weights."""
 
-    codec: CodecConfig | None
+    codec: CodecConfig | LatentCodecConfig | None
     spaces: dict[str, Space]
     noising: Noising = Noising()
     sight: PixelCodecConfig | None = None
@@ -234,11 +235,19 @@ def load_processor(folder: Path) -> Processor:
                 return ForeignProcessor(tokenizer, FrozenEye(c, from_tensors(load_tensors(folder / EYE), NAME)))
             case SightConfig() as c:
                 return ForeignProcessor(tokenizer, Sight(c))
-    codec = None if config.codec is None else build_codec(config.codec)
-    if isinstance(codec, TileCodec):
+    match config.codec:
+        case None:
+            codec = None
+        case LatentCodecConfig() as c:
+            codec = LatentCodec(c)
+        case c:
+            codec = build_codec(c)
+    if isinstance(codec, nn.Module):
         codec.load_state_dict(load_tensors(folder / "codec.safetensors"))
     sight = None if config.sight is None else PixelCodec(config.sight)
-    film = regroup(codec, config.film_patch) if codec is not None and config.film_patch else None
+    film = (
+        regroup(codec, config.film_patch) if isinstance(codec, PixelCodec | TileCodec) and config.film_patch else None
+    )
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     return Processor(tokenizer, codec, config.spaces, config.noising, film=film, sight=sight)
 
