@@ -192,7 +192,8 @@ def freeze(model: Model, beginnings: tuple[str, ...]) -> None:
     if idle := [beginning for beginning in beginnings if not any(name.startswith(beginning) for name in names)]:
         raise BadInput(f"train.frozen: no parameter begins with {idle[0]!r}: they begin like {names[0]!r}")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not name.startswith(beginnings))
+        if name.startswith(beginnings):
+            parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise BadInput("train.frozen leaves nothing to learn: name fewer")
 
