@@ -150,11 +150,12 @@ class ChatTemplate:
         refuses the conversation or does more to a text than trim or quote it, and if a text holds a role header that
         the tokenizer can spell in one way only.
         """
-        script = self.script(self.stretches(messages, opened), said(messages))
+        told = said(messages)
+        script = self.script(self.stretches(messages, opened), told)
         spelling = self.spelled(script)
         weight_at = [0.0] * (len(script.text) + 1)
-        for turn, piece in zip(script.turns, said(messages), strict=True):
-            weight_at[turn.start : turn.end] = [piece.weight] * (turn.end - turn.start)
+        for turn in script.turns:
+            weight_at[turn.start : turn.end] = [told[turn.index].weight] * (turn.end - turn.start)
         weights = []
         for index, (start, end) in zip(spelling.ids, spelling.spans, strict=True):
             # Some control tokens swallow the spaces beside them; where one begins says whose it is.
@@ -209,7 +210,11 @@ class ChatTemplate:
     def wants_lists(self) -> bool:
         """Whether the template shows no plain text, only lists of texts and pictures (LLaVA's)."""
         word = secret_word()
-        return word not in self.render([Message(Role.USER, word)], [word], opened=True)
+        if word in self.render([Message(Role.USER, word)], [word], opened=True):
+            return False
+        self.listed = True  # tried, and kept if the text comes out of the list and not the list itself
+        shown = self.render([Message(Role.USER, word)], [word], opened=True)
+        return word in shown and "'type'" not in shown
 
     def script(self, stretches: Sequence[Stretch], messages: Sequence[Message]) -> Script:
         """The stretches as one text for the speller."""
