@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,10 +18,10 @@ from litchi.model.network import Model, ModelConfig, initialise
 from litchi.model.presets import PRESETS, preset
 from litchi.schema.processor import Builder
 from litchi.schema.sequence import pack
+from tests.model.table import digit, record
 
 transformers = pytest.importorskip("transformers")
 
-TABLE = Path(__file__).parents[2] / "docs" / "families.md"
 SIZES = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 80, "vocab_size": 97}
 SIZES |= {"max_position_embeddings": 64, "num_key_value_heads": 2}
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -44,20 +42,6 @@ MODELS = {
 }
 TOLERANCE = 1e-4
 """Of logits, fp32: the same sums in another order."""
-
-
-@pytest.fixture(scope="module")
-def rows() -> Iterator[dict[str, str]]:
-    """What was measured; with LITCHI_WRITE_DOCS=1 it becomes the table of docs/families.md."""
-    found: dict[str, str] = {}
-    yield found
-    if os.environ.get("LITCHI_WRITE_DOCS") and set(found) == set(MODELS):
-        head, _, rest = TABLE.read_text(encoding="utf-8").partition("| model |")
-        after = rest[rest.index("\n\n") :]
-        body = "\n".join(found[name] for name in MODELS)
-        TABLE.write_text(
-            f"{head}| model | class | largest difference | greedy | back |\n|---|---|---|---|---|\n{body}{after}"
-        )
 
 
 def build(name: str):
@@ -93,7 +77,7 @@ def greedy(model: Model, ids: list[int], count: int) -> list[int]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_family_is_that_of_transformers(name: str, tmp_path: Path, rows: dict[str, str]) -> None:
+def test_a_family_is_that_of_transformers(name: str, tmp_path: Path) -> None:
     """Logits, greedy continuations, and the weights written back, bit for bit."""
     theirs = build(name)
     theirs.save_pretrained(tmp_path / "in")
@@ -112,7 +96,7 @@ def test_a_family_is_that_of_transformers(name: str, tmp_path: Path, rows: dict[
     state = theirs.state_dict()
     assert set(state) == set(back.state_dict())
     assert all(torch.equal(tensor, state[n]) for n, tensor in back.state_dict().items())
-    rows[name] = f"| {name} | `{class_of(MODELS[name][0])}` | {gap:.0e} | 24 of 24 tokens | bit for bit |"
+    record("model", name, f"`{class_of(MODELS[name][0])}`", digit(gap), "24 of 24 tokens", "bit for bit")
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -14,12 +14,14 @@ from litchi.config import BadInput
 from litchi.model.codec import PixelCodec, PixelCodecConfig
 from litchi.model.towers import BESIDE, load_tower, read_tower, tower_links
 from litchi.model.vision import VisionEncoder
+from tests.model.table import digit, record
 
 transformers = pytest.importorskip("transformers")
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
 SIZES |= {"image_size": 24, "patch_size": 6}
 TOWERS = ("CLIPVision", "SiglipVision", "Dinov2", "ViT")
+NAMES = {"CLIPVision": "CLIP", "SiglipVision": "SigLIP", "Dinov2": "DINOv2", "ViT": "ViT"}
 TOLERANCE = 1e-4
 
 
@@ -50,8 +52,10 @@ def test_a_tower_is_that_of_transformers(name: str, tmp_path: Path) -> None:
         if name == "CLIPVision":  # it leaves the last norm to whoever pools
             told = theirs.post_layernorm(told)
     told = told if name == "SiglipVision" else told[:, 1:]
-    assert (found.view(2, 16, -1) - told).abs().max() <= TOLERANCE
+    gap = float((found.view(2, 16, -1) - told).abs().max())
+    assert gap <= TOLERANCE
     written(ours, beside, saved, config["model_type"])
+    record("tower", NAMES[name], f"`{type(theirs).__name__}`", digit(gap), "bit for bit")
 
 
 def test_siglip2_resizes_its_table_to_each_picture(tmp_path: Path) -> None:
@@ -73,9 +77,10 @@ def test_siglip2_resizes_its_table_to_each_picture(tmp_path: Path) -> None:
     with torch.no_grad():
         found = ours(value[mask], torch.arange(len(shapes)).repeat_interleave(counts), place)
         seen = theirs(pixel_values=value, pixel_attention_mask=mask.int(), spatial_shapes=shapes)
-    gap = (found - seen.last_hidden_state[mask]).abs().max()
+    gap = float((found - seen.last_hidden_state[mask]).abs().max())
     assert gap <= TOLERANCE
     written(ours, beside, saved, "siglip2_vision_model")
+    record("tower", "SigLIP2, five shapes", "`Siglip2VisionModel`", digit(gap), "bit for bit")
 
 
 def written(ours: VisionEncoder, beside: dict, saved: dict, family: str) -> None:

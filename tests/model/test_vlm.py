@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,10 +23,10 @@ from litchi.schema.request import Request, SamplingParams
 from litchi.schema.sample import Image, Part, Role, Sample, Text
 from litchi.schema.sequence import Modality, pack
 from litchi.schema.sight import SightConfig
+from tests.model.table import digit, record
 
 transformers = pytest.importorskip("transformers")
 
-TABLE = Path(__file__).parents[2] / "docs" / "families.md"
 TOLERANCE = 1e-4
 """Of logits, fp32: the same sums in another order."""
 
@@ -80,19 +78,6 @@ SPECIAL = ["<unk>", "<s>", "</s>", "<image>", "<|im_start|>", "<end_of_utterance
 SPECIAL += ["<global-img>", *(f"<row_{r}_col_{c}>" for r in range(1, 5) for c in range(1, 5))]
 SPECIAL += ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|im_end|>"]
 SMOLS = ("SmolVLM", "Idefics3")
-
-
-@pytest.fixture(scope="module")
-def rows() -> Iterator[dict[str, str]]:
-    """What was measured; with LITCHI_WRITE_DOCS=1 it becomes the second table of docs/families.md."""
-    found: dict[str, str] = {}
-    yield found
-    if os.environ.get("LITCHI_WRITE_DOCS") and set(found) == set(MODELS):
-        head, _, rest = TABLE.read_text(encoding="utf-8").partition("| model that sees |")
-        after = rest[rest.index("\n\n") :] if "\n\n" in rest else "\n"
-        body = "\n".join(found[name] for name in MODELS)
-        titles = "| model that sees | class | largest difference | greedy | back |\n|---|---|---|---|---|\n"
-        TABLE.write_text(f"{head}{titles}{body}{after}", encoding="utf-8")
 
 
 def tokenizer(family: str):
@@ -186,7 +171,7 @@ def conversation(shown: list[np.ndarray]) -> tuple[list[dict], tuple[Part, ...]]
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_that_sees_is_that_of_transformers(name: str, tmp_path: Path, rows: dict[str, str]) -> None:
+def test_a_model_that_sees_is_that_of_transformers(name: str, tmp_path: Path) -> None:
     theirs, processor = build(name, tmp_path / "in")
     adopt(tmp_path / "in", tmp_path / "ours", dtype=torch.float32)
     ours = load(tmp_path / "ours")
@@ -213,7 +198,7 @@ def test_a_model_that_sees_is_that_of_transformers(name: str, tmp_path: Path, ro
     assert set(state) == set(back.state_dict())
     assert all(torch.equal(tensor, state[n]) for n, tensor in back.state_dict().items())
     kind = type(theirs).__name__
-    rows[name] = f"| {name} | `{kind}` | {gap:.0e} | {len(continued)} of 16 tokens | bit for bit |"
+    record("model that sees", name, f"`{kind}`", digit(gap), f"{len(continued)} of 16 tokens", "bit for bit")
 
 
 def their_inputs(name: str, processor, told: list[dict], shown: list[np.ndarray]) -> dict[str, torch.Tensor]:
