@@ -135,7 +135,7 @@ def serve(args: argparse.Namespace) -> int:
     checkpoint = find_checkpoint(args.checkpoint)
     config, sampler = serve_config(checkpoint, args.settings), load_sampler(checkpoint)
     if sampler.processor.codec is None:
-        config = replace(config, abilities=())
+        config = replace(config, abilities=("see",) if sampler.processor.sees else (), side=0)
     serve_run(config, sampler, lambda env, seed: Room(env))
     return 0
 
@@ -143,8 +143,8 @@ def serve(args: argparse.Namespace) -> int:
 def chat(args: argparse.Namespace) -> int:
     """Talk with a checkpoint in the terminal; one that sees is shown a picture first."""
     sampler = load_sampler(args.checkpoint)
-    sees = sampler.processor.codec is not None
-    parts: list[Part] = [first_picture(args)] if sees else []
+    sees, own = sampler.processor.sees, sampler.processor.codec is None
+    parts: list[Part] = [first_picture(args, own=own)] if sees else []
     print(f"{'Ask about the picture' if sees else 'Say something'}; an empty line ends.")
     while question := ask("you> "):
         parts.append(Text(text=question, role=Role.USER))
@@ -419,8 +419,8 @@ def begin(args: argparse.Namespace) -> tuple[Run, Place]:
     return run, place
 
 
-def first_picture(args: argparse.Namespace) -> Image:
-    """The picture that `chat` is about: a file, or an unseen room."""
+def first_picture(args: argparse.Namespace, *, own: bool) -> Image:
+    """The picture that `chat` is about: a file, in its own size or in that of a room, or an unseen room."""
     from litchi.envs.minigrid import HELD_OUT, Room
 
     if args.image is None:
@@ -434,7 +434,8 @@ def first_picture(args: argparse.Namespace) -> Image:
 
     try:
         with Pillow.open(args.image) as opened:
-            pixels = np.asarray(opened.convert("RGB").resize((64, 64), Pillow.Resampling.NEAREST))
+            flat = opened.convert("RGB")
+            pixels = np.asarray(flat if own else flat.resize((64, 64), Pillow.Resampling.NEAREST))
     except (UnidentifiedImageError, OSError) as error:
         raise BadInput(f"{args.image} is not a picture that can be read ({error}): give a PNG or JPEG file") from error
     return Image(pixels=pixels, role=Role.USER)

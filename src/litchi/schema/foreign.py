@@ -117,6 +117,10 @@ class ForeignProcessor(Processor):
         return part
 
     @property
+    def sees(self) -> bool:
+        return self.eye is not None
+
+    @property
     def controls(self) -> frozenset[int]:
         return frozenset(self.tokenizer.added)
 

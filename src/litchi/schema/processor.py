@@ -315,6 +315,11 @@ class Processor:
         pixels = codec.decode(rows, height * codec.patch, width * codec.patch)
         return Image(pixels=pixels, role=role)
 
+    @property
+    def sees(self) -> bool:
+        """Whether a user may show pictures."""
+        return self.codec is not None or self.sight is not None
+
     def is_control(self, index: int) -> bool:
         """Whether an id stands for no text: a role, an end, a picture, padding or an action."""
         return index in self.controls

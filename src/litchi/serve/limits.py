@@ -78,14 +78,14 @@ def read_json(body: bytes | str) -> dict[str, Any]:
 
 
 def decode_picture(url: str, limits: Limits, where: str = "image_url") -> Picture:
-    """The picture in a data URL, as the model reads it: RGB, `side` x `side`.
+    """The picture in a data URL, as the model reads it: RGB, `side` x `side`, or in its own size where `side` is 0.
 
     Only `data:` URLs: a server that fetches addresses for strangers reaches what they cannot. A picture of another size
     is resized with nearest neighbour, which gives back an enlarged tile world exactly, and the note says so.
     """
     raw = _bytes_of(url, limits, where)
     pixels, size = _decode(raw, limits, where)
-    if size == (limits.side, limits.side):
+    if not limits.side or size == (limits.side, limits.side):
         return Picture(pixels)
     note = f"{where} was resized from {size[0]}x{size[1]} to {limits.side}x{limits.side} (nearest neighbour)"
     return Picture(pixels, note)
@@ -125,7 +125,8 @@ def _decode(raw: bytes, limits: Limits, where: str) -> tuple[UInt8[np.ndarray, "
                 most = f"at most {limits.max_pixels} are read: send a smaller one"
                 raise TooLarge(f"{where} has {width}x{height} pixels; {most}")
             upright = ImageOps.exif_transpose(picture)
-            size, wanted = upright.size, (limits.side, limits.side)
+            size = upright.size
+            wanted = (limits.side, limits.side) if limits.side else size
             flat = (upright if size == wanted else upright.resize(wanted, Pillow.Resampling.NEAREST)).convert("RGBA")
             paper = Pillow.new("RGBA", wanted, "white")
             return np.asarray(Pillow.alpha_composite(paper, flat).convert("RGB")), size

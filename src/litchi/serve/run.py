@@ -41,7 +41,7 @@ class ServeConfig:
     allowed_hosts: tuple[str, ...] = ()
     """Host names that the door answers to; empty: the loopback names on loopback, any elsewhere."""
     side: int = 64
-    """Height and width of the model's pictures in pixels."""
+    """Height and width of the model's pictures in pixels; 0 leaves pictures as they come."""
     envs: tuple[str, ...] = ("BabyAI-GoToLocal-v0", "BabyAI-GoToObj-v0", "BabyAI-GoToRedBall-v0", "BabyAI-PickupLoc-v0")
     """Rooms that a visitor may ask for; the first is the default."""
     max_queue: int = 16

@@ -50,7 +50,7 @@ function show(next) {
 }
 
 function writeState() {
-  if (picture) at("caption").textContent = picture.seed === null ? `${say("own")}, ${say("resized")}` : say("room", picture.seed);
+  if (picture) at("caption").textContent = picture.seed === null ? (can("draw") ? `${say("own")}, ${say("resized")}` : say("own")) : say("room", picture.seed);
   at("send").textContent = say(running ? "stop" : "ask");
   at("send").classList.toggle("primary", !running);
   if (at("log").querySelector(".bubble")) return;
