@@ -19,6 +19,7 @@ from litchi.eval.tasks.describe import claims, describe, facts_of
 from litchi.eval.tasks.describe import score as score_caption
 from litchi.eval.tasks.draw import draw
 from litchi.eval.tasks.foresee import foresee
+from litchi.eval.tasks.name import name as name_task
 from litchi.eval.tasks.talk import Majority, concluded, talk
 from litchi.eval.tasks.watch import score as score_film
 from litchi.eval.tasks.watch import watch
@@ -297,3 +298,12 @@ def test_a_digest_knows_every_field_and_pixel() -> None:
     assert digest(request) == digest(Request(parts=sample.parts[:2], want="frame"))
     assert len({digest(request), *(digest(other) for other in others)}) == 4
     assert read(changed) == read(sample.parts[0].pixels)  # type: ignore[union-attr]
+
+
+def test_a_name_counts_whole_and_a_guesser_is_scored_beside_it() -> None:
+    sample = Sample((), "k", "s", {"turns": [{"kind": "category", "question": "?", "answer": "Food and drink"}]})
+    task = name_task("emoji", [sample], lambda _: "objects", "always objects")
+    [item] = task.items()
+    assert item.truth == {"answer": "Food and drink", "guess": "objects"} and item.kind == "category"
+    assert task.score("", item.truth, " food  and drink.") == {"n": 1.0, "right": 1.0, "guess_right": 0.0}
+    assert task.score("", item.truth, "food")["right"] == 0.0
