@@ -71,7 +71,7 @@ TEMPLATE = """
 {%- endif -%}
 """.replace("PICTURE", PICTURE)
 
-MIXTURE = {"choice": 0.3, "name": 0.2, "category": 0.2, "colour": 0.1, "claims": 0.2}
+MIXTURE = {"choice": 0.3, "category": 0.25, "colour": 0.25, "claims": 0.2}
 """In samples."""
 ROUNDS = 8
 """Each emoji is asked about so many times, in other words and beside other names."""
@@ -88,9 +88,9 @@ def run(start: Path, *, whole: bool) -> Run:
         fit=FitConfig(codec=None),
         model=config,
         train=TrainConfig(
-            num_steps=140,
+            num_steps=150,
             batches=BatchConfig(rows=6, row=256),
-            optimizer=OptimizerConfig(lr=1e-4 if whole else 1e-3, matrix_lr=0.0, weight_decay=0.01),
+            optimizer=OptimizerConfig(lr=1e-4 if whole else 3e-3, matrix_lr=0.0, weight_decay=0.01),
             schedule=Trapezoid(warmup=10, decay=0.6),
             ema=0.95,
             dtype="bfloat16",
@@ -154,7 +154,7 @@ class Pictures:
         """The train split, by source."""
         test = {scene(sample) for sample in nlvr_samples(self.nlvr_folder, "test")}
         boxes = Claims(NUM_CLAIMS, lambda sample: scene(sample) not in test)
-        forms = ("choice", "name", "category", "colour")
+        forms = ("choice", "category", "colour")
         shelves: dict[str, Sequence[Sample]] = {"claims": boxes}
         return shelves | {form: emoji_samples(self.emoji, form, "train", rounds=ROUNDS) for form in forms}
 
