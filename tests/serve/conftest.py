@@ -9,12 +9,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from litchi.cli import main
 from litchi.config import BadInput
 from litchi.schema.protocol import Env, Sampler
 from litchi.schema.request import Completion, Delta, Request
@@ -218,3 +220,19 @@ def painter() -> type[Painter]:
 @pytest.fixture(scope="session")
 def white_tile() -> type[WhiteTile]:
     return WhiteTile
+
+
+@pytest.fixture(scope="session")
+def served_folder(served_by) -> Callable[[Path], AbstractContextManager]:
+    """A server with what `litchi serve FOLDER` makes of a folder, on a port of its own."""
+
+    def serve(folder: Path) -> AbstractContextManager:
+        found: list = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("litchi.serve.run.run", lambda config, sampler, room: found.extend((config, sampler, room)))
+            assert main(["serve", str(folder)]) == 0
+        config, sampler, room = found
+        settings = {name: value for name, value in asdict(config).items() if name != "port"}
+        return served_by(sampler, room, **settings)
+
+    return serve

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
 
 import httpx
 import numpy as np
 import pytest
 
-from litchi.cli import main
 from litchi.schema.request import Request, SamplingParams
 from litchi.schema.sample import Role, Text
 from tests.model.test_adopt import adopted, folder  # noqa: F401 (fixtures: a random Llama of transformers, adopted)
@@ -27,15 +25,9 @@ LENGTH = 24
 
 
 @pytest.fixture(scope="module")
-def served(adopted, served_by) -> Iterator[object]:  # noqa: F811
+def served(adopted, served_folder) -> Iterator[object]:  # noqa: F811
     """A server with what `litchi serve FOLDER` makes of the folder, on a port of its own."""
-    found: list = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("litchi.serve.run.run", lambda config, sampler, room: found.extend((config, sampler, room)))
-        assert main(["serve", str(adopted)]) == 0
-    config, sampler, room = found
-    settings = {name: value for name, value in asdict(config).items() if name != "port"}
-    with served_by(sampler, room, **settings) as served:
+    with served_folder(adopted) as served:
         yield served
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -34,14 +33,8 @@ def seeing(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def served(seeing: Path, served_by) -> Iterator[object]:
-    found: list = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("litchi.serve.run.run", lambda config, sampler, room: found.extend((config, sampler, room)))
-        assert main(["serve", str(seeing)]) == 0
-    config, sampler, room = found
-    settings = {name: value for name, value in asdict(config).items() if name != "port"}
-    with served_by(sampler, room, **settings) as served:
+def served(seeing: Path, served_folder) -> Iterator[object]:
+    with served_folder(seeing) as served:
         yield served
 
 

@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from litchi.config import BadInput
 from litchi.model import families
-from litchi.model.convert import Foreign, check, read_json, resolve, stream
+from litchi.model.convert import Foreign, check, in_memory, read_json, resolve
 from litchi.model.families import Asked, Link, parameters
 from litchi.model.network import Model, ModelConfig, Velocity
 from litchi.model.tensorfile import open_tensors
@@ -142,17 +141,7 @@ def open_bagel(folder: Path) -> Foreign:
 def load_bagel(folder: Path) -> tuple[Model, Json]:
     """The network in fp32, in memory, and BAGEL's configurations, which `save_bagel` gives back."""
     foreign = open_bagel(folder)
-    with torch.device("meta"):
-        model = Model(foreign.config)
-    model.to_empty(device="cpu")
-    named = dict(model.named_parameters())
-
-    def put(name: str, tensor: Tensor) -> None:
-        named[name].copy_(tensor)
-
-    with torch.no_grad():
-        stream(foreign, put, torch.float32)
-    return model.eval(), foreign.original
+    return in_memory(foreign), foreign.original
 
 
 def save_bagel(folder: Path, model: Model, original: Json, *, dtype: torch.dtype = torch.bfloat16) -> None:

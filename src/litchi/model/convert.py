@@ -115,7 +115,10 @@ def stream(foreign: Foreign, put: Callable[[str, Tensor], None], dtype: torch.dt
 
 def load_foreign(path: Path) -> Model:
     """Their model as ours, in fp32, in memory."""
-    foreign = open_foreign(path)
+    return in_memory(open_foreign(path))
+
+
+def in_memory(foreign: Foreign) -> Model:
     with torch.device("meta"):
         model = Model(foreign.config)
     model.to_empty(device="cpu")
