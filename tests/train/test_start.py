@@ -52,6 +52,11 @@ def test_a_start_that_does_not_fit_is_named(start: Path, tmp_path: Path) -> None
         train(tmp_path, replace(CONFIG, frozen=("",)))
 
 
+def test_rows_longer_than_the_network_reads_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="row=96, but this network reads 64 tokens: lower it to 64"):
+        run(CONFIG, replace(MODEL, max_length=64), PROCESSOR, sample, tmp_path, RUN)
+
+
 def test_a_frozen_run_resumes_to_the_bit(start: Path, tmp_path: Path) -> None:
     config = replace(CONFIG, start=start, frozen=("layers.0.",))
     train(tmp_path / "whole", config)

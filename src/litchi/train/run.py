@@ -154,6 +154,11 @@ def tame_memory() -> None:
 
 
 def fresh(config, model_config: ModelConfig, processor: Processor, samples: Samples, device: torch.device) -> State:
+    if 0 < model_config.max_length < config.batches.row:
+        most = model_config.max_length
+        raise BadInput(
+            f"train.batches.row={config.batches.row}, but this network reads {most} tokens: lower it to {most}"
+        )
     model = Model(model_config)
     initialise(model, config.seed)
     if config.start is not None:
