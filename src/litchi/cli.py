@@ -434,7 +434,8 @@ def first_picture(args: argparse.Namespace, *, own: bool) -> Image:
 
     try:
         with Pillow.open(args.image) as opened:
-            flat = opened.convert("RGB")
+            paper = Pillow.new("RGBA", opened.size, "white")  # as the server lays what is transparent
+            flat = Pillow.alpha_composite(paper, opened.convert("RGBA")).convert("RGB")
             pixels = np.asarray(flat if own else flat.resize((64, 64), Pillow.Resampling.NEAREST))
     except (UnidentifiedImageError, OSError) as error:
         raise BadInput(f"{args.image} is not a picture that can be read ({error}): give a PNG or JPEG file") from error

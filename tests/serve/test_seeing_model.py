@@ -76,15 +76,20 @@ def test_it_is_listed_as_one_that_sees_and_drawing_is_refused(client) -> None:
 def test_chat_shows_a_picture_in_its_own_size(seeing: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     picture = tmp_path / "wide.png"
     Pillow.fromarray(pictures(1)[0]).save(picture)
-    questions = iter(["what is it", ""])
+    questions = iter(["what is it", ""] * 2)
     monkeypatch.setattr("litchi.cli.ask", lambda prompt: next(questions))
-    look, sizes = Sight.look, []
+    clear = tmp_path / "clear.png"
+    Pillow.new("RGBA", (40, 40), (0, 0, 0, 0)).save(clear)
+    look, sizes, seen = Sight.look, [], []
 
     def watched(self: Sight, pixels: np.ndarray) -> list:
         sizes.append(pixels.shape)
+        seen.append(pixels)
         return look(self, pixels)
 
     monkeypatch.setattr(Sight, "look", watched)
     assert main(["chat", str(seeing), "--image", str(picture)]) == 0
     assert sizes[0] == pictures(1)[0].shape
+    assert main(["chat", str(seeing), "--image", str(clear)]) == 0
+    assert sizes[-1] == (40, 40, 3) and seen[-1].min() == 255, "what is transparent is white"
     assert "Ask about the picture" in capsys.readouterr().out

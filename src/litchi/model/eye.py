@@ -50,7 +50,7 @@ class FrozenEye:
     @torch.no_grad()
     def features(self, pixels: UInt8[np.ndarray, "h w 3"]) -> Float[Tensor, "rows columns C"]:
         rows, columns = self.shape(*pixels.shape[:2])
-        whole = torch.from_numpy(np.ascontiguousarray(pixels))[None]
+        whole = torch.from_numpy(np.array(pixels, order="C"))[None]
         sized = resize(whole, rows * self.config.pixels, columns * self.config.pixels)
         x_Chw = self.network.features(sized, self.config.layer)[0].permute(2, 0, 1)
         return F.adaptive_avg_pool2d(x_Chw, (rows, columns)).permute(1, 2, 0)
