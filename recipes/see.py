@@ -11,6 +11,7 @@ model learn as well.
 from __future__ import annotations
 
 import argparse
+import sys
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from litchi.cli import find_checkpoint
-from litchi.config import to_json
+from litchi.config import BadInput, to_json
 from litchi.data.claims import claims
 from litchi.data.emoji import Emoji, emoji_samples, read_emoji
 from litchi.data.loader import Loader
@@ -78,7 +79,7 @@ ROUNDS = 8
 NUM_CLAIMS = 2_000
 
 
-def run(start: Path, *, whole: bool) -> Run:
+def chain(start: Path, *, whole: bool) -> Run:
     """What is trained; `start` is SmolLM2 as a checkpoint."""
     config = replace(load_config(start), modalities={str(Modality.VISION): Features(FrozenEyeConfig(PICTURE).channels)})
     return Run(
@@ -213,7 +214,7 @@ def main() -> None:
     folder = args.folder or Path("runs") / ("see-whole" if args.whole else "see")
     start = find_checkpoint("smollm2")
     pictures = Pictures(args.emoji, args.nlvr, args.most)
-    recipe = run(start, whole=args.whole)
+    recipe = chain(start, whole=args.whole)
     samples = Loader(pictures.shelves(), recipe.mixture, recipe.train.seed).at
     processor = make_processor(start, args.eye)
     checkpoint = train(recipe.train, recipe.model, processor, samples, folder / "train", to_json(recipe))
@@ -222,4 +223,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -404,7 +404,8 @@ def load_run(recipe: str, settings: Sequence[str]) -> Run:
         raise BadInput(f"no recipe {recipe!r}; the recipes are: {known}") from error
     maker = getattr(module, function or "run", None)
     if maker is None:
-        raise BadInput(f"{name} has no function {function!r}")
+        hint = "" if function else f"; python -m {name} --help says how it is run"
+        raise BadInput(f"{name} has no function {function or 'run'!r}{hint}")
     run = maker()
     for setting in settings:
         run = override(run, setting)

@@ -22,7 +22,7 @@ from litchi.model.weights import load
 from litchi.schema.request import Request, SamplingParams
 from litchi.schema.sample import Image, Part, Role, Sample, Text
 from litchi.schema.sequence import Modality, pack
-from litchi.schema.sight import SightConfig
+from litchi.schema.sight import Sight, SightConfig, read_sight
 from tests.model.table import digit, record
 
 transformers = pytest.importorskip("transformers")
@@ -305,6 +305,27 @@ BASE = {"model_type": "llava", "text_config": {"model_type": "llama", "hidden_si
 def test_what_cannot_be_computed_is_refused(change: dict, reason: str) -> None:
     with pytest.raises(BadInput, match=reason):
         read_config(BASE | change)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{"size": "x"}, {"image_mean": [1, "a", 2]}, {"image_mean": 0.5}, {"resample": [3]}, {"size": {"height": None}}],
+)
+def test_a_broken_way_of_looking_is_refused_in_one_line(said: dict) -> None:
+    with pytest.raises(BadInput, match=r"^[^\n]*preprocessor_config.json[^\n]*download it again$"):
+        read_sight(BASE, said, "<image>")
+    with pytest.raises(BadInput, match="llava: config.json holds what cannot be read"):
+        read_config(BASE | {"text_config": "x"})
+
+
+def test_a_size_may_be_one_number_as_in_old_files() -> None:
+    assert read_sight(BASE, {"size": SIDE, "crop_size": SIDE}, "<image>").side == SIDE
+
+
+def test_a_line_of_pixels_is_refused_before_it_fills_the_memory() -> None:
+    looks = Sight(read_sight(BASE, {}, "<image>"))
+    with pytest.raises(BadInput, match="1x4800 pixels is too narrow"):
+        looks.look(np.zeros((1, 4800, 3), np.uint8))
 
 
 def test_a_silent_configuration_is_a_llama_of_7b() -> None:

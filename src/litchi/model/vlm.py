@@ -58,6 +58,16 @@ def read_config(config: Json) -> ModelConfig:
     family = family_of(config)
     if family not in CLASSES:
         return families.read_config(config)
+    try:
+        return read_seeing(config, family)
+    except BadInput:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        fault = f"{type(error).__name__}: {str(error)[:120]}"
+        raise BadInput(f"{family}: config.json holds what cannot be read ({fault}): download it again") from error
+
+
+def read_seeing(config: Json, family: str) -> ModelConfig:
     text, vision = (dict(config.get(key) or {}) for key in ("text_config", "vision_config"))
     text = SILENT.get(text.setdefault("model_type", "llama"), {}) | text
     tied = bool(config.get("tie_word_embeddings", False))

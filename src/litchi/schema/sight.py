@@ -121,6 +121,9 @@ class Sight:
         self.patch = config.patch
 
     def look(self, pixels: UInt8[np.ndarray, "h w 3"]) -> list[str | Seen]:
+        h, w = pixels.shape[:2]
+        if max(h, w) > LONGEST * min(h, w):  # brought to size, a line of pixels would fill the memory
+            raise BadInput(f"a picture of {h}x{w} pixels is too narrow: at most {LONGEST} times as long as wide")
         match self.config.layout:
             case Crop():
                 return [seen_in_order([self.tile(crop(pixels, self.config.side, self.resample))])]
@@ -296,8 +299,6 @@ LONGEST = 200
 def whole_tokens(pixels: np.ndarray, side: int, smallest: int, largest: int) -> tuple[int, int]:
     """The size nearest to a picture's in whole tokens, within the bounds."""
     h, w = pixels.shape[:2]
-    if max(h, w) > LONGEST * min(h, w):
-        raise BadInput(f"a picture of {h}x{w} pixels is too narrow for this model: at most {LONGEST} times as long")
     down, across = round(h / side), round(w / side)
     if down * across * side * side > largest:
         shrink = math.sqrt(h * w / largest)
@@ -318,6 +319,16 @@ def read_sight(config: Mapping[str, Any], said: Mapping[str, Any], token: str) -
 
     `token` is the text of the id that the configuration gives to pictures.
     """
+    try:
+        return looking(config, said, token)
+    except BadInput:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        fault = f"{type(error).__name__}: {str(error)[:120]}"
+        raise BadInput(f"preprocessor_config.json holds what cannot be read ({fault}): download it again") from error
+
+
+def looking(config: Mapping[str, Any], said: Mapping[str, Any], token: str) -> SightConfig:
     family, vision = config["model_type"], config["vision_config"]
     for step in ("do_resize", "do_rescale", "do_normalize"):
         if not said.get(step, True):
@@ -344,13 +355,13 @@ HALF = (0.5, 0.5, 0.5)
 
 def read_llava(config: Mapping[str, Any], said: Mapping[str, Any]) -> SightConfig:
     family, side = config["model_type"], int(config["vision_config"]["image_size"])
-    one_size(family, side, {**(said.get("size") or {}), **(said.get("crop_size") or {})}.values())
+    one_size(family, side, [*lengths(said.get("size")), *lengths(said.get("crop_size"))])
     if family == "llava_next":
         shapes = tuple((int(h), int(w)) for h, w in said.get("image_grid_pinpoints") or config["image_grid_pinpoints"])
         if any(h % side or w % side for h, w in shapes):
             raise BadInput(f"{family}: image_grid_pinpoints must be multiples of {side} pixels")
         return SightConfig(AnyShape(shapes), side, side)
-    middle = said.get("do_center_crop", True) and "height" not in (said.get("size") or {})
+    middle = said.get("do_center_crop", True) and "height" not in keys(said.get("size"))
     return SightConfig(Crop() if middle else Resize(), side, side)
 
 
@@ -370,6 +381,15 @@ def read_qwen(vision: Mapping[str, Any], said: Mapping[str, Any]) -> SightConfig
     side = int(vision["patch_size"]) * merge
     frames = int(vision.get("temporal_patch_size", 2))
     return SightConfig(Native(int(smallest), int(largest)), side, side, merge=merge, frames=frames)
+
+
+def lengths(size: Any) -> list[Any]:
+    """The sides that a size gives: one number in old files, a number by name in new ones."""
+    return [] if size is None else list(size.values()) if isinstance(size, Mapping) else [size]
+
+
+def keys(size: Any) -> Iterable[str]:
+    return size if isinstance(size, Mapping) else ()
 
 
 def one_size(family: str, side: int, asked: Iterable[Any]) -> None:
