@@ -325,6 +325,8 @@ class Model(nn.Module):
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
         self.config = c
+        self.attention = attention_for
+        """Who reads whom, for a batch; ranks that share out its tokens put their own form here."""
         self.embed_tokens = nn.Embedding(c.vocab_size, c.width)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_layers))
         self.norm = norm_of(c)
@@ -342,7 +344,7 @@ class Model(nn.Module):
         """Hidden states (T, D) of a batch, after everything in `cache`, to which the batch is added."""
         seen = self.see(batch)
         x_TD = self.embed(batch, seen)
-        attend = attention_for(batch, cache)
+        attend = self.attention(batch, cache)
         c = self.config
         rotation = None if c.places else rotations(batch.positions, c.head_width, c.theta, c.scaling, c.sections)
         route = self.route(batch)
