@@ -327,6 +327,8 @@ class Model(nn.Module):
         self.config = c
         self.attention = attention_for
         """Who reads whom, for a batch; ranks that share out its tokens put their own form here."""
+        self.surprise = surprise
+        """How unlikely labels are under scores; ranks that share out the vocabulary put their own form here."""
         self.embed_tokens = nn.Embedding(c.vocab_size, c.width)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_layers))
         self.norm = norm_of(c)
@@ -396,6 +398,11 @@ class Model(nn.Module):
         """
         said = self.writers[modality](x_ND)
         return value_NC - (1 - time) * said if isinstance(self.config.modalities[modality], Velocity) else said
+
+
+def surprise(logits_TV: Float[Tensor, "T V"], label_T: Int[Tensor, "T"]) -> Float[Tensor, "T"]:
+    """Negative log-likelihood of each label."""
+    return F.cross_entropy(logits_TV, label_T, reduction="none")
 
 
 def initialise(model: Model, seed: int) -> None:

@@ -53,7 +53,7 @@ def loss_of(model: Model, batch: Batch, corrupted: Batch) -> Loss:
     """The loss of reading `corrupted` where `batch` is the truth."""
     x_TD = model(corrupted)
     labelled = supervised_labels(batch)
-    nll = F.cross_entropy(model.logits(x_TD[labelled]).float(), batch.labels[labelled], reduction="none")
+    nll = model.surprise(model.logits(x_TD[labelled]).float(), batch.labels[labelled])
     total = {str(Modality.TEXT): (nll * batch.weights[labelled]).sum()}
     for modality, v in batch.vectors.items():
         if modality in model.writers:
