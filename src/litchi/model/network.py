@@ -406,26 +406,28 @@ def surprise(logits_TV: Float[Tensor, "T V"], label_T: Int[Tensor, "T"]) -> Floa
 
 
 def initialise(model: Model, seed: int) -> None:
-    """Weights from (seed, parameter name) alone, so that no layout or order of construction can change them.
+    """Weights from (seed, parameter name) alone, so that no layout or order of construction can change them."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:  # the others are fixed tables
+                parameter.copy_(first_value(model.config, name, tuple(parameter.shape), seed))
+
+
+def first_value(c: ModelConfig, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    """What a parameter begins with, in fp32.
 
     Matrices are normal with deviation 0.02, those that write to the residual stream smaller by sqrt(2 layers); tables
     of digits have deviation 0.1, since a narrow map follows them; what heads of vectors read the trunk through is zero.
     """
-    scale = 1 / math.sqrt(2 * model.config.num_layers)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if not parameter.requires_grad:  # a fixed table
-                continue
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
-            table = name.endswith(".table.weight")
-            if (name.startswith("writers.") and not table) or name.endswith("bias"):
-                parameter.zero_()
-            elif parameter.dim() < 2:
-                parameter.fill_(1.0)
-            else:
-                writes = name.endswith(("o_proj.weight", "down_proj.weight"))
-                value = torch.randn(parameter.shape, generator=generator) * (0.1 if table else 0.02)
-                parameter.copy_(value * scale if writes else value)
+    table = name.endswith(".table.weight")
+    if (name.startswith("writers.") and not table) or name.endswith("bias"):
+        return torch.zeros(shape)
+    if len(shape) < 2:
+        return torch.ones(shape)
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+    value = torch.randn(shape, generator=generator) * (0.1 if table else 0.02)
+    writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+    return value * (1 / math.sqrt(2 * c.num_layers)) if writes else value
 
 
 def count(model: nn.Module) -> int:

@@ -226,12 +226,15 @@ class SineTable(nn.Module):
 
     def __init__(self, grid: int, width: int) -> None:
         super().__init__()
-        self.grid = grid
-        frequency = 10_000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-        angle_GF = torch.arange(grid)[:, None] * frequency
+        self.grid, self.width = grid, width
+        self.weight = nn.Parameter(self.values(), requires_grad=False)
+
+    def values(self) -> Float[Tensor, "G*G W"]:
+        """What the table says."""
+        frequency = 10_000.0 ** (-torch.arange(self.width // 4, dtype=torch.float64) / (self.width // 4))
+        angle_GF = torch.arange(self.grid)[:, None] * frequency
         line_GF = torch.cat([angle_GF.sin(), angle_GF.cos()], 1).float()
-        table_GGW = torch.cat([line_GF.expand(grid, -1, -1), line_GF[:, None].expand(-1, grid, -1)], 2)
-        self.weight = nn.Parameter(table_GGW.flatten(0, 1), requires_grad=False)
+        return torch.cat([line_GF.expand(self.grid, -1, -1), line_GF[:, None].expand(-1, self.grid, -1)], 2).flatten(0, 1)
 
     def forward(self, place_N3: Int[Tensor, "N 3"]) -> Float[Tensor, "N W"]:
         """`place` is a picture, and a row and column there, as `Vectors` has it."""

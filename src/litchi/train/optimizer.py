@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from litchi.parallel.leaf import Leaf
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic Newton-Schulz iteration; chosen by Jordan to inflate small singular values fast."""
@@ -33,33 +35,35 @@ class OptimizerConfig:
 
 
 class Muon(torch.optim.Optimizer):
-    """All matrices of one shape are orthogonalised at once. oracle: torch.optim.Muon"""
+    """All matrices of one shape are orthogonalised at once, put together from all ranks. oracle: torch.optim.Muon"""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], *, lr: float, momentum: float, weight_decay: float) -> None:
-        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+    def __init__(self, leaves: Iterable[Leaf], *, lr: float, momentum: float, weight_decay: float) -> None:
+        self.leaves = {leaf.local: leaf for leaf in leaves}
+        super().__init__(list(self.leaves), {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            shapes: dict[torch.Size, list[nn.Parameter]] = {}
+            shapes: dict[tuple[int, ...], list[Leaf]] = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    shapes.setdefault(p.shape, []).append(p)
+                    shapes.setdefault(self.leaves[p].shape, []).append(self.leaves[p])
             for members in shapes.values():
                 self.step_shape(members, group)
 
-    def step_shape(self, members: list[nn.Parameter], group: dict) -> None:
+    def step_shape(self, members: list[Leaf], group: dict) -> None:
         directions = []
-        for p in members:
+        for leaf in members:
+            p = leaf.local
             state = self.state[p]
             velocity = state.setdefault("momentum", torch.zeros_like(p))
             velocity.lerp_(p.grad, 1 - group["momentum"])
-            directions.append(p.grad.lerp(velocity, group["momentum"]))  # Nesterov
+            directions.append(leaf.whole(p.grad.lerp(velocity, group["momentum"])))  # Nesterov
         updates = orthogonalise(torch.stack(directions))
         scale = 0.2 * max(members[0].shape) ** 0.5
-        for p, update in zip(members, updates, strict=True):
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.add_(update.to(p.dtype), alpha=-group["lr"] * scale)
+        for leaf, update in zip(members, updates, strict=True):
+            leaf.local.mul_(1 - group["lr"] * group["weight_decay"])
+            leaf.local.add_(leaf.part(update).to(leaf.local.dtype), alpha=-group["lr"] * scale)
 
 
 def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
@@ -74,15 +78,16 @@ def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
     return y if wide else y.mT
 
 
-def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+def build_optimizers(leaves: Iterable[Leaf], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
     """Muon over matrices inside layers, AdamW over the rest; vectors and scalars do not decay."""
     matrices, decayed, plain = [], [], []
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        trunk = name.startswith("layers.") and p.dim() == 2
-        (matrices if trunk and config.matrix_lr else decayed if p.dim() >= 2 else plain).append(p)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    for leaf in leaves:
+        trunk = leaf.name.startswith("layers.") and len(leaf.shape) == 2
+        (matrices if trunk and config.matrix_lr else decayed if len(leaf.shape) >= 2 else plain).append(leaf)
+    groups = [
+        {"params": [leaf.local for leaf in decayed], "weight_decay": config.weight_decay},
+        {"params": [leaf.local for leaf in plain], "weight_decay": 0.0},
+    ]
     adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=1e-10, fused=True)
     if not matrices:
         return [adamw]

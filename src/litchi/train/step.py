@@ -1,16 +1,18 @@
-"""One optimizer step over any number of microbatches, divided once by the weight of them all."""
+"""One optimizer step over any number of microbatches and ranks, divided once by the weight of them all."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import torch
-from torch import nn
 
 from litchi.config import BadInput
-from litchi.model.network import Model
-from litchi.model.objective import Loss, corrupt, loss_of, weights_of
+from litchi.model.objective import corrupt
+from litchi.parallel.gradient import backward, clip, global_weights, norm
+from litchi.parallel.mesh import DATA
+from litchi.parallel.plan import Placed
 from litchi.schema.sequence import Batch
 
 
@@ -29,34 +31,38 @@ class Metrics:
 
 
 def train_step(
-    model: Model,
+    placed: Placed,
     optimizers: Sequence[torch.optim.Optimizer],
     batches: Sequence[Batch],
     *,
     scale: Mapping[str, float],
-    clip: float,
+    clip_at: float,
     dtype: torch.dtype,
-    generator: torch.Generator,
+    draw: tuple[int, int],
 ) -> Metrics:
-    """Gradients of all microbatches, then one step. Raises BadInput if nothing at all is supervised."""
+    """The gradient of all microbatches of all ranks, then one step.
+
+    `batches` are this rank's, one a round: microbatch m of the step is of data rank m % ranks in round m // ranks.
+    `draw` is (seed, step): with m, all that corruption depends on. Raises BadInput if nothing at all is supervised.
+    """
+    model, world = placed.model, placed.world
     model.train()
-    pairs = [(batch, corrupt(model, batch, generator)) for batch in batches]
-    weight: dict[str, float] = {}
-    for batch, corrupted in pairs:
-        for m, w in weights_of(model, batch, corrupted).items():
-            weight[m] = weight.get(m, 0.0) + w
+    first, ranks = world.index(*DATA), world.degree(*DATA)
+    generators = [microbatch_generator(*draw, first + i * ranks) for i in range(len(batches))]
+    pairs = [(b, corrupt(model, b, generator)) for b, generator in zip(batches, generators, strict=True)]
+    weight = global_weights(placed, pairs)
     if not any(weight.values()):
         raise BadInput("no token and no vector of this batch is supervised: give parts a weight above 0")
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
-    whole: Loss | None = None
-    for batch, corrupted in pairs:
-        with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            loss = loss_of(model, batch, corrupted)
-        loss.over(weight, scale).backward()
-        whole = loss if whole is None else whole + loss
-    norm = nn.utils.clip_grad_norm_(model.parameters(), clip or float("inf"))
+    totals = backward(placed, pairs, weight, scale, dtype)
+    found = norm(placed)
+    clip(placed, found, clip_at)
     for optimizer in optimizers:
         optimizer.step()
-    assert whole is not None
-    return Metrics(whole.means(), weight, float(norm), sum(len(b) for b in batches))
+    losses = {name: totals[name] / w for name, w in weight.items() if w > 0}
+    return Metrics(losses, weight, found, ranks * sum(len(b) for b in batches))
+
+
+def microbatch_generator(seed: int, step: int, microbatch: int) -> torch.Generator:
+    """The randomness of one microbatch, which does not know who reads it."""
+    digest = blake2b(f"{seed}/{step}/{microbatch}".encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest))
