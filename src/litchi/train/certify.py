@@ -17,7 +17,6 @@ from numpy import ndarray
 
 from litchi.model.moe import Mixture
 from litchi.model.network import Flow, Mask, ModelConfig
-from litchi.model.objective import corrupt
 from litchi.model.vision import Tower
 from litchi.parallel.crew import Crew
 from litchi.parallel.gradient import backward, global_weights, norm
@@ -25,10 +24,14 @@ from litchi.parallel.mesh import DATA, Layout, World, join
 from litchi.parallel.plan import build, fill, first_values
 from litchi.schema.arrays import IGNORE
 from litchi.schema.sequence import Batch, Modality, TokenSequence, Vectors, pack_rows
-from litchi.train.step import microbatch_generator
+from litchi.train.step import microbatch_generator, whole_pair
 
 TOLERANCE = 1e-5
 """Ranks add the same numbers in another order; fp32 has seven digits."""
+
+ZERO = 1e-3
+"""A gradient below this share of the largest one is measured against that share: those of key biases are zero but for
+rounding, since a softmax does not see them."""
 
 NUM_MICROBATCHES = 4
 ROW = 64
@@ -119,14 +122,15 @@ def compare(case: str, kind: str, found: Probe, alone: Probe) -> Finding:
     if found.gradients.keys() != alone.gradients.keys():
         odd = sorted(found.gradients.keys() ^ alone.gradients.keys())
         return Finding(case, kind, loss, float("inf"), odd[0])
-    gaps = {name: difference(found.gradients[name], alone.gradients[name]) for name in alone.gradients}
+    least = ZERO * max(float(np.abs(gradient).max()) for gradient in alone.gradients.values())
+    gaps = {name: difference(found.gradients[name], g, least) for name, g in alone.gradients.items()}
     worst = max(gaps, key=lambda name: gaps[name])
     return Finding(case, kind, loss, gaps[worst], worst)
 
 
-def difference(a: ndarray, b: ndarray) -> float:
-    """The largest difference, relative to the largest value."""
-    return float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-12))
+def difference(a: ndarray, b: ndarray, least: float = 1e-12) -> float:
+    """The largest difference, relative to the largest value, or to `least` if that is larger."""
+    return float(np.abs(a - b).max() / max(np.abs(b).max(), least))
 
 
 # ---- on each rank -------------------------------------------------------------------------------------------------
@@ -148,8 +152,7 @@ def probe(layout: Layout, config: ModelConfig, kind: str) -> Probe:
     first, ranks = world.index(*DATA), world.degree(*DATA)
     pairs = []
     for m in range(first, NUM_MICROBATCHES, ranks):
-        batch = microbatch(kind, m)
-        pairs.append((batch, corrupt(placed.model, batch, microbatch_generator(0, 0, m))))
+        pairs.append(whole_pair(placed.model, microbatch(kind, m), microbatch_generator(0, 0, m)))
     weight = global_weights(placed, pairs)
     losses = backward(placed, pairs, weight, {}, torch.float32)
     found = norm(placed)

@@ -9,9 +9,11 @@ from hashlib import blake2b
 import torch
 
 from litchi.config import BadInput
+from litchi.model.network import Model
 from litchi.model.objective import corrupt
-from litchi.parallel.gradient import backward, clip, global_weights, norm
+from litchi.parallel.gradient import Pair, backward, clip, global_weights, norm
 from litchi.parallel.mesh import DATA
+from litchi.parallel.modality import complete
 from litchi.parallel.plan import Placed
 from litchi.schema.sequence import Batch
 
@@ -48,8 +50,7 @@ def train_step(
     model, world = placed.model, placed.world
     model.train()
     first, ranks = world.index(*DATA), world.degree(*DATA)
-    generators = [microbatch_generator(*draw, first + i * ranks) for i in range(len(batches))]
-    pairs = [(b, corrupt(model, b, generator)) for b, generator in zip(batches, generators, strict=True)]
+    pairs = [whole_pair(model, b, microbatch_generator(*draw, first + i * ranks)) for i, b in enumerate(batches)]
     weight = global_weights(placed, pairs)
     if not any(weight.values()):
         raise BadInput("no token and no vector of this batch is supervised: give parts a weight above 0")
@@ -60,6 +61,12 @@ def train_step(
         optimizer.step()
     losses = {name: totals[name] / w for name, w in weight.items() if w > 0}
     return Metrics(losses, weight, found, ranks * sum(len(b) for b in batches))
+
+
+def whole_pair(model: Model, batch: Batch, generator: torch.Generator) -> Pair:
+    """A batch with every modality, and what is read of it."""
+    whole = complete(batch, model.config)
+    return whole, corrupt(model, whole, generator)
 
 
 def microbatch_generator(seed: int, step: int, microbatch: int) -> torch.Generator:
