@@ -11,6 +11,8 @@ from bench.row import append
 from litchi.data.jobs import JOBS
 from litchi.data.ticket import Ticket
 from litchi.model.network import Model, initialise
+from litchi.parallel.mesh import World
+from litchi.parallel.plan import apply
 from litchi.schema.sequence import Batch
 from litchi.train.batches import Batches
 from litchi.train.fit import fit_processor
@@ -50,13 +52,13 @@ def main() -> None:
 def pace(model: Model, group: list[Batch], dtype: torch.dtype) -> float:
     """Tokens a second over all but the first batch."""
     initialise(model, 0)
-    optimizers = build_optimizers(model, run().train.optimizer)
-    generator = torch.Generator().manual_seed(0)
-    options = {"scale": {}, "clip": 1.0, "dtype": dtype, "generator": generator}
-    train_step(model, optimizers, group[:1], **options)
+    placed = apply(model, World())
+    optimizers = build_optimizers(placed.learned(), run().train.optimizer)
+    options = {"scale": {}, "clip_at": 1.0, "dtype": dtype, "draw": (0, 0)}
+    train_step(placed, optimizers, group[:1], **options)
     began = time.perf_counter()
     for batch in group[1:]:
-        train_step(model, optimizers, [batch], **options)
+        train_step(placed, optimizers, [batch], **options)
     return sum(len(b) for b in group[1:]) / (time.perf_counter() - began)
 
 

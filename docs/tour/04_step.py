@@ -8,6 +8,8 @@ from litchi.data.ticket import Ticket
 from litchi.envs.minigrid import ACTIONS, SPACE
 from litchi.model.network import Mask, Model, ModelConfig, count, initialise
 from litchi.model.objective import corrupt, loss_of
+from litchi.parallel.mesh import World
+from litchi.parallel.plan import apply
 from litchi.schema.processor import Discrete
 from litchi.schema.sequence import supervised
 from litchi.train.batches import BatchConfig, Batches
@@ -38,9 +40,10 @@ for modality, mean in before.items():
 print("chance of a digit: log 256 = 5.545; the heads of spans start at zero, so that they know nothing yet")
 
 # %% Steps on this one batch. Muon has the matrices of the trunk, AdamW the rest.
-optimizers = build_optimizers(model, OptimizerConfig())
+placed = apply(model, World())  # a world of one process; on many ranks nothing else changes
+optimizers = build_optimizers(placed.learned(), OptimizerConfig())
 for step in range(10):
-    metrics = train_step(model, optimizers, [batch], scale={}, clip=1.0, dtype=torch.float32, generator=generator)
+    metrics = train_step(placed, optimizers, [batch], scale={}, clip_at=1.0, dtype=torch.float32, draw=(0, step))
     if step % 5 == 4:
         print(f"step {step + 1:2}", {str(m): round(value, 3) for m, value in metrics.losses.items()})
 assert all(metrics.losses[m] < before[m] for m in before), "it learns by heart what it is shown"

@@ -24,18 +24,22 @@ class Recorder:
     """Appends rows to `folder`/metrics.jsonl, one JSON object a line.
 
     A line counts from its newline on, so that a kill between any two instructions loses at most the row being written.
-    With `tensorboard` the numbers also go to `folder`/tensorboard; raises BadInput if it is not installed.
+    With `tensorboard` the numbers also go to `folder`/tensorboard; raises BadInput if it is not installed. A `silent` one
+    writes nothing: of many ranks one speaks.
     """
 
-    def __init__(self, folder: Path, *, tensorboard: bool = False) -> None:
-        self.folder, self.path = folder, folder / METRICS
+    def __init__(self, folder: Path, *, tensorboard: bool = False, silent: bool = False) -> None:
+        self.folder, self.path, self.silent = folder, folder / METRICS, silent
         folder.mkdir(parents=True, exist_ok=True)
         self._board = need("board", "torch.utils.tensorboard") if tensorboard else None
         self._writer: Any = None
-        drop_torn_line(self.path)
+        if not silent:
+            drop_torn_line(self.path)
 
     def write(self, step: int, row: Mapping[str, Any]) -> None:
         """Append a row of JSON values; numbers of other libraries become floats."""
+        if self.silent:
+            return
         line = json.dumps({"step": step, **row}, default=float) + "\n"
         append(self.path, line.encode())
         if self._board is not None:
@@ -43,6 +47,8 @@ class Recorder:
 
     def rewind(self, step: int) -> None:
         """Drop the rows of `step` and later: a run that goes on from there writes them again."""
+        if self.silent:
+            return
         kept = [row for row in read(self.path) if row["step"] < step]
         replace_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self._writer = self._open_writer(step) if self._board is not None else None
@@ -120,15 +126,19 @@ class Progress:
     """How far a loop is, how fast it goes and how long it will take, on stderr.
 
     On a terminal a bar; in a log file one plain line every `every` seconds, and one at the end. `done` is what an
-    earlier process did: it counts as done, but not as fast. `total` is None where nobody knows it.
+    earlier process did: it counts as done, but not as fast. `total` is None where nobody knows it. A `silent` one says
+    nothing.
     """
 
-    def __init__(self, total: int | None, title: str, *, done: int = 0, every: float = 15.0) -> None:
+    def __init__(
+        self, total: int | None, title: str, *, done: int = 0, every: float = 15.0, silent: bool = False
+    ) -> None:
         self.total, self.title, self.done, self.every = total, title, done, every
         self._first, self._note = done, ""
         self._began = self._said = time.monotonic()
         self._stream: TextIO = sys.stderr
-        self._bar = open_bar(total, title, done) if self._stream.isatty() else None
+        self._silent = silent
+        self._bar = open_bar(total, title, done) if self._stream.isatty() and not silent else None
 
     def __enter__(self) -> Progress:
         return self
@@ -152,6 +162,8 @@ class Progress:
             self._say()
 
     def _say(self) -> None:
+        if self._silent:
+            return
         seconds = time.monotonic() - self._began
         print(progress_line(self, self.done - self._first, seconds, self._note), file=self._stream, flush=True)
 

@@ -9,6 +9,8 @@ import torch
 from litchi.model.network import Mask, Model, ModelConfig, initialise
 from litchi.model.objective import objective
 from litchi.model.vision import Tower
+from litchi.parallel.mesh import World
+from litchi.parallel.plan import apply
 from litchi.schema.arrays import IGNORE
 from litchi.schema.processor import Builder, grid_places
 from litchi.schema.sequence import Batch, Modality, TokenSequence, pack, pack_rows
@@ -120,7 +122,7 @@ def test_pictures_that_are_only_understood_belong_to_the_first_expert() -> None:
 def learn(batch: Batch) -> Model:
     net = model()
     rng = torch.Generator().manual_seed(0)
-    train_step(net, [], [batch], scale={}, clip=0.0, dtype=torch.float32, generator=rng)
+    train_step(apply(net, World()), [], [batch], scale={}, clip_at=0.0, dtype=torch.float32, draw=(0, 0))
     return net
 
 

@@ -9,6 +9,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from litchi.model.network import Model
+from litchi.parallel.leaf import Leaf
+from litchi.parallel.mesh import World
+from litchi.parallel.plan import apply
+from litchi.parallel.tensor import Slice
 from litchi.train.optimizer import Muon, OptimizerConfig, build_optimizers, orthogonalise
 from litchi.train.run import adjust
 from litchi.train.schedule import Cosine, Trapezoid, factor
@@ -57,7 +61,7 @@ def test_a_stack_is_orthogonalised_one_by_one() -> None:
 @pytest.mark.parametrize("matrix_lr", [0.0, 0.01])
 def test_every_parameter_has_one_optimizer_and_vectors_do_not_decay(matrix_lr: float) -> None:
     model = Model(MODEL)
-    optimizers = build_optimizers(model, OptimizerConfig(matrix_lr=matrix_lr))
+    optimizers = build_optimizers(apply(model, World()).learned(), OptimizerConfig(matrix_lr=matrix_lr))
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     owned = [id(p) for group in groups for p in group["params"]]
     assert sorted(owned) == sorted(id(p) for p in model.parameters())
@@ -68,7 +72,7 @@ def test_every_parameter_has_one_optimizer_and_vectors_do_not_decay(matrix_lr: f
 
 
 def test_rates_follow_their_peaks_however_often_they_are_adjusted() -> None:
-    optimizers = build_optimizers(Model(MODEL), OptimizerConfig(lr=0.1, matrix_lr=0.2))
+    optimizers = build_optimizers(apply(Model(MODEL), World()).learned(), OptimizerConfig(lr=0.1, matrix_lr=0.2))
     for rate in (0.5, 0.25, 1.0):
         adjust(optimizers, rate)
         assert [[g["lr"] for g in o.param_groups] for o in optimizers] == [[0.1 * rate] * 2, [0.2 * rate]]

@@ -12,11 +12,13 @@ import torch
 from litchi.config import BadInput
 from litchi.model.network import Model, initialise
 from litchi.model.objective import corrupt, loss_of, weights_of
+from litchi.parallel.mesh import World
+from litchi.parallel.plan import apply
 from litchi.schema.sample import Action, Role, Sample, Text
 from litchi.schema.sequence import Batch, Modality, pack, split, supervised
 from litchi.train.batches import Batches, check_coverage, coverage, emphasised
 from litchi.train.run import run
-from litchi.train.step import train_step
+from litchi.train.step import microbatch_generator, train_step
 from tests.train.runs import CONFIG, MODEL, PROCESSOR, RUN, sample
 
 
@@ -36,18 +38,17 @@ def documents(*positions: int) -> Batch:
 def step(batches: list[Batch], dtype: torch.dtype = torch.float32) -> tuple[dict[str, torch.Tensor], dict]:
     """The gradients that one optimizer step is taken from, and its row."""
     model = fresh()
-    metrics = train_step(
-        model, [], batches, scale={"image": 2.0}, clip=0.0, dtype=dtype, generator=torch.Generator().manual_seed(5)
-    )
+    placed = apply(model, World())
+    metrics = train_step(placed, [], batches, scale={"image": 2.0}, clip_at=0.0, dtype=dtype, draw=(5, 0))
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, metrics.row()
 
 
 def test_two_microbatches_are_one_batch_of_both() -> None:
     """Weights are global: a microbatch with few labels counts for as much as they weigh, not for a half."""
     groups = [(0, 1, 2, 3, 4), (5,), (6, 7)]
-    model, generator = fresh(), torch.Generator().manual_seed(5)
+    model = fresh()
     parts = [documents(*group) for group in groups]
-    corrupted = [corrupt(model, batch, generator) for batch in parts]
+    corrupted = [corrupt(model, batch, microbatch_generator(5, 0, m)) for m, batch in enumerate(parts)]
     weight: dict[str, float] = {}
     for batch, noised in zip(parts, corrupted, strict=True):
         for m, w in weights_of(model, batch, noised).items():

@@ -84,6 +84,10 @@ class World:
             return None
         return self.mesh[axes[0]] if len(axes) == 1 else self.mesh[axes]._flatten("_".join(axes))
 
+    def everyone(self) -> ProcessGroup | None:
+        """All ranks; None for one that is alone."""
+        return None if self.mesh is None else dist.group.WORLD
+
     def group(self, *axes: Axis) -> ProcessGroup | None:
         """The ranks that differ from this one along these axes only; None where there is no other."""
         submesh = self.submesh(*axes)

@@ -32,11 +32,18 @@ class BatchConfig:
 
 
 class Batches(Iterator[Batch]):
-    """Position and the documents that wait are the whole state."""
+    """Position and the documents that wait are the whole state.
 
-    def __init__(self, samples: Samples, processor: Processor, config: BatchConfig, seed: int) -> None:
+    Of `num_slots` streams that share out the positions this is number `slot`: a step reads one batch of each, whoever
+    reads them, so that the order of documents does not depend on the number of ranks.
+    """
+
+    def __init__(
+        self, samples: Samples, processor: Processor, config: BatchConfig, seed: int, slot: int = 0, num_slots: int = 1
+    ) -> None:
         self.samples, self.processor, self.config, self.seed = samples, processor, config, seed
-        self.position = 0
+        self.slot, self.num_slots = slot, num_slots
+        self.position = slot
         self.waiting: list[tuple[int, TokenSequence]] = []
 
     def __next__(self) -> Batch:
@@ -62,7 +69,7 @@ class Batches(Iterator[Batch]):
     def look_ahead(self) -> None:
         while len(self.waiting) < self.config.lookahead:
             self.waiting.append((self.position, self.encode(self.position)))
-            self.position += 1
+            self.position += self.num_slots
 
     def encode(self, position: int) -> TokenSequence:
         """The document at a position of the stream, its randomness drawn from the position alone."""

@@ -19,10 +19,10 @@ SEARCHED = 400
 
 
 class Pictures:
-    """Keeps a few samples that end in a picture to draw; the rest of each is the prompt."""
+    """Keeps a few samples that end in a picture to draw; the rest of each is the prompt. A `silent` one draws nothing."""
 
-    def __init__(self, folder: Path, processor: Processor, samples: Samples, count: int = 8) -> None:
-        self.folder = folder / "pictures"
+    def __init__(self, folder: Path, processor: Processor, samples: Samples, count: int = 8, *, silent: bool = False) -> None:
+        self.folder, self.silent = folder / "pictures", silent
         found = [s for s in map(samples, range(SEARCHED)) if processor.codec is not None and drawable(s)]
         drawn = [s for s in found if s.parts[-1].role is Role.ASSISTANT][:count]
         foreseen = [s for s in found if s.parts[-1].role is not Role.ASSISTANT][:count]
@@ -30,7 +30,7 @@ class Pictures:
 
     def draw(self, checkpoint: Path, step: int) -> None:
         """One row a sample: the true picture, and the model's."""
-        if not self.samples:
+        if not self.samples or self.silent:
             return
         loaded = load(checkpoint, check=False)
         generator = Generator(loaded.model, loaded.processor)

@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Mapping
+from functools import partial
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from litchi.config import BadInput
-from litchi.model.network import Model, ModelConfig, initialise
+from litchi.config import BadInput, to_json
+from litchi.model.network import Model, ModelConfig
 from litchi.model.tensorfile import open_tensors
-from litchi.model.weights import Checkpoint, from_hugging_face, load, load_tensors, save
+from litchi.model.weights import from_hugging_face, read_meta, save_processor, to_hugging_face
+from litchi.parallel.checkpoint import Saver, newest, step_name
+from litchi.parallel.collectives import gather_all
+from litchi.parallel.leaf import Leaf
+from litchi.parallel.mesh import DATA, Layout, World, join, leave
+from litchi.parallel.plan import Placed, build, fill, first_values
+from litchi.parallel.pieces import Piece
+from litchi.parallel.pieces import fill as read_pieces
 from litchi.record import Progress, Recorder
 from litchi.schema.processor import Processor
 from litchi.train.batches import BatchConfig, Batches, Samples, check_coverage, coverage
-from litchi.train.optimizer import OptimizerConfig, build_optimizers
+from litchi.train.optimizer import Muon, OptimizerConfig, build_optimizers
 from litchi.train.pictures import Pictures
 from litchi.train.schedule import Schedule, Trapezoid, factor
 from litchi.train.step import train_step
@@ -31,7 +38,10 @@ from litchi.train.step import train_step
 
 @dataclass(frozen=True, slots=True)
 class TrainConfig:
-    """One run of the loop. `dtype` is what matrices are multiplied in: "float32" or "bfloat16"; weights are fp32."""
+    """One run of the loop. `dtype` is what matrices are multiplied in: "float32" or "bfloat16"; weights are fp32.
+
+    A step reads `num_accumulate` batches, which ranks of data parallelism share out: their number divides it.
+    """
 
     num_steps: int
     seed: int = 0
@@ -46,6 +56,8 @@ class TrainConfig:
     dtype: str = "float32"
     compile: bool = False
     """Fuse the elementwise work of layers with torch.compile, which on a CPU needs a C++ compiler."""
+    layout: Layout = Layout()
+    """How ranks share the work, where there are several."""
     device: str = "auto"
     start: Path | None = None
     """A checkpoint whose weights the network begins with; what it lacks begins at its first values."""
@@ -61,21 +73,21 @@ class TrainConfig:
 LEARNED_FROM = ("data", "mixture", "fit", "model", "train")
 """The parts of a Run that decide what is learned; only the same ones may continue a checkpoint."""
 
-HABITS = ("log_every", "save_every", "keep")
+HABITS = ("log_every", "save_every", "keep", "layout", "device", "threads")
 """Settings of training that change nothing in the weights."""
 
 
 @dataclass(slots=True)
 class State:
-    """All that a continuation needs."""
+    """All that a continuation needs; tensors are this rank's parts."""
 
     step: int
-    model: Model
+    placed: Placed
     average: dict[str, Tensor]
     """Of what is learned, by name."""
     optimizers: list[torch.optim.Optimizer]
-    generator: torch.Generator
-    batches: Batches
+    batches: list[Batches]
+    """This rank's, one a round of a step."""
     seconds: float = 0.0
     """Time spent training and saving, over all continuations."""
 
@@ -83,46 +95,61 @@ class State:
 def run(
     config: TrainConfig, model_config: ModelConfig, processor: Processor, samples: Samples, folder: Path, run_json: str
 ) -> Path:
-    """Train to the last step, from the newest checkpoint in `folder` if there is one; returns the last checkpoint."""
-    device = prepare(config)
-    state = fresh(config, model_config, processor, samples, device)
-    if newest := newest_checkpoint(folder):
-        restore(state, newest, run_json)
-    recorder = Recorder(folder)
-    recorder.rewind(state.step + 1)
-    pictures = Pictures(folder, processor, samples)
+    """Train to the last step, from the newest checkpoint in `folder` if there is one; returns the last checkpoint.
 
-    with Interrupt() as stop, Progress(config.num_steps, "train", done=state.step) as progress:
+    Every rank calls this, and the first one writes.
+    """
+    world = join(config.layout, prepare(config))
+    state = fresh(config, model_config, processor, samples, world)
+    saver = Saver(world, folder, config.keep)
+    if newest := saver.newest():
+        restore(state, newest, run_json)
+    recorder = Recorder(folder, silent=world.rank > 0)
+    recorder.rewind(state.step + 1)
+    pictures = Pictures(folder, processor, samples, silent=world.rank > 0)
+
+    with Interrupt() as stop, Progress(config.num_steps, "train", done=state.step, silent=world.rank > 0) as progress:
         mark = time.monotonic()
         while state.step < config.num_steps:
-            group = [next(state.batches).to(device) for _ in range(config.num_accumulate)]
-            if state.step == 0:
+            group = [next(batches).to(world.device) for batches in state.batches]
+            if state.step == 0 and world.rank == 0:
                 check_coverage(group[0])
                 print(coverage(group[0], processor))
             adjust(state.optimizers, factor(config.schedule, state.step, config.num_steps))
             metrics = train_step(
-                state.model,
+                state.placed,
                 state.optimizers,
                 group,
                 scale=config.scale,
-                clip=config.optimizer.clip,
+                clip_at=config.optimizer.clip,
                 dtype=getattr(torch, config.dtype),
-                generator=state.generator,
+                draw=(config.seed, state.step),
             )
             average(state, config.ema)
             state.step += 1
             state.seconds, mark = state.seconds + time.monotonic() - mark, time.monotonic()
 
-            last = state.step == config.num_steps
+            saver.poll()
+            last, stopped = state.step == config.num_steps, anyone(stop.asked, world)
             if state.step % config.log_every == 0 or last:
                 recorder.write(state.step, {**metrics.row(), "seconds": state.seconds})
             progress.advance(1, note=" ".join(f"{m} {v:.3f}" for m, v in metrics.losses.items()))
-            if state.step % config.save_every == 0 or last or stop.asked:
-                path = checkpoint(state, config, processor, folder, run_json)
-                pictures.draw(path, state.step)
-            if stop.asked and not last:
+            if state.step % config.save_every == 0 or last or stopped:
+                checkpoint(state, saver, processor, run_json)
+                if pictures.samples:
+                    saver.wait()
+                    pictures.draw(folder / step_name(state.step), state.step)
+            if stopped and not last:
+                saver.wait()
                 raise KeyboardInterrupt
+    saver.wait()
+    leave(world)
     return newest_checkpoint(folder) or folder
+
+
+def anyone(asked: bool, world: World) -> bool:
+    """Whether any rank was asked to stop: they stop together."""
+    return asked if world.mesh is None else any(said for (said,) in gather_all([asked], world.everyone()))
 
 
 # ---- a run's beginning --------------------------------------------------------------------------------------------
@@ -153,42 +180,51 @@ def tame_memory() -> None:
         libc.mallopt(option, value)
 
 
-def fresh(config, model_config: ModelConfig, processor: Processor, samples: Samples, device: torch.device) -> State:
+def fresh(config, model_config: ModelConfig, processor: Processor, samples: Samples, world: World) -> State:
     if 0 < model_config.max_length < config.batches.row:
         most = model_config.max_length
         raise BadInput(
             f"train.batches.row={config.batches.row}, but this network reads {most} tokens: lower it to {most}"
         )
-    model = Model(model_config)
-    initialise(model, config.seed)
-    if config.start is not None:
-        begin_with(model, config.start)
-    freeze(model, config.frozen)
-    model.to(device)
+    first, ranks, slots = world.index(*DATA), world.degree(*DATA), config.num_accumulate
+    if slots % ranks:
+        raise BadInput(
+            f"train.num_accumulate={slots} batches a step cannot be shared out over {ranks} ranks that read: "
+            f"set a multiple of {ranks}"
+        )
+    placed = build(model_config, world, freeze=lambda model: freeze(model, config.frozen))
+    begin(placed, config)
     if config.compile:
-        fuse(model)
+        fuse(placed.model)
+    learned = placed.learned()
     return State(
         step=0,
-        model=model,
-        average={name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad},
-        optimizers=build_optimizers(model, config.optimizer),
-        generator=torch.Generator().manual_seed(config.seed),
-        batches=Batches(samples, processor, config.batches, config.seed),
+        placed=placed,
+        average={leaf.name: leaf.local.detach().clone() for leaf in learned},
+        optimizers=build_optimizers(learned, config.optimizer),
+        batches=[Batches(samples, processor, config.batches, config.seed, m, slots) for m in range(first, slots, ranks)],
     )
 
 
-def begin_with(model: Model, checkpoint: Path) -> None:
-    """Take over the weights of a checkpoint. Raises BadInput if the network has no place of that shape for one."""
-    named = dict(model.named_parameters())
-    with open_tensors(checkpoint / "model") as tensors, torch.no_grad():
-        for theirs, entry in tensors.entries.items():
-            parameter = named.get(name := from_hugging_face(theirs))
-            if parameter is None or tuple(parameter.shape) != tuple(entry.shape):
-                found = "none" if parameter is None else list(parameter.shape)
+def begin(placed: Placed, config: TrainConfig) -> None:
+    """First values, or those of a checkpoint where it has them.
+
+    Raises BadInput if the network has no place of that shape for one of the checkpoint's.
+    """
+    values = first_values(placed, config.seed)
+    if config.start is None:
+        fill(placed, values)
+        return
+    with open_tensors(config.start / "model") as tensors:
+        names = {from_hugging_face(theirs): theirs for theirs in tensors.entries}
+        for name, theirs in names.items():
+            leaf, shape = placed.leaves.get(name), tuple(tensors.entries[theirs].shape)
+            if leaf is None or leaf.shape != shape:
+                found = "none" if leaf is None else list(leaf.shape)
                 raise BadInput(
-                    f"{checkpoint}: {name} is {list(entry.shape)}, the network has {found}: start from another"
+                    f"{config.start}: {name} is {list(shape)}, the network has {found}: start from another"
                 )
-            parameter.copy_(tensors.read(theirs, torch.float32))
+        fill(placed, lambda name, shape: tensors.read(names[name], torch.float32) if name in names else values(name, shape))
 
 
 def freeze(model: Model, beginnings: tuple[str, ...]) -> None:
@@ -251,61 +287,94 @@ def adjust(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
 def average(state: State, decay: float) -> None:
     """Move the averaged weights towards the weights, faster at the beginning."""
     pace = 1 - min(decay, (state.step + 1) / (state.step + 10))
-    names = list(state.average)
-    weights = state.model.state_dict()
-    torch._foreach_lerp_([state.average[n] for n in names], [weights[n] for n in names], pace)
+    weights = [state.placed.leaves[name].local for name in state.average]
+    torch._foreach_lerp_(list(state.average.values()), weights, pace)
 
 
 # ---- checkpoints --------------------------------------------------------------------------------------------------
 
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    found = sorted(p for p in folder.glob("step_*") if (p / "meta.json").is_file())
-    return found[-1] if found else None
+MODEL, WEIGHTS, OPTIMIZER = "model/model.safetensors", "resume/weights.safetensors", "resume/optimizer.safetensors"
 
 
-def checkpoint(state: State, config: TrainConfig, processor: Processor, folder: Path, run_json: str) -> Path:
-    """Save averaged weights for use, and all else for resuming; keep the newest `keep`."""
-    path = folder / f"step_{state.step:07d}"
-    offered = Model(state.model.config)
-    weights = state.model.state_dict()
-    offered.load_state_dict(weights | state.average)
-    resume = {
-        "resume/weights.safetensors": {name: weights[name] for name in state.average},
-        "resume/optimizer.safetensors": flatten(state.optimizers),
-        "resume/random.safetensors": {"generator": state.generator.get_state()},
-    }
-    meta = {"step": state.step, "seconds": state.seconds, "batches": state.batches.state(), "torch": torch.__version__}
-    save(path, offered, processor, meta=meta, run=run_json, extra=resume)
-    for old in sorted(folder.glob("step_*"))[: -config.keep]:
-        remove(old)
-    return path
+def files_of(state: State) -> dict[str, list[Piece]]:
+    """What of this rank belongs in a checkpoint: averaged weights for use, and for resuming those that are trained."""
+    leaves = state.placed.leaves
+    offered = [piece(leaf, to_hugging_face(name), state.average.get(name)) for name, leaf in leaves.items()]
+    trained = [piece(leaves[name], name) for name in state.average]
+    return {MODEL: offered, WEIGHTS: trained, OPTIMIZER: optimizer_pieces(state)}
 
 
-def remove(folder: Path) -> None:
-    """Delete a checkpoint; meta.json goes first, so that a half-deleted one is never taken for whole."""
-    (folder / "meta.json").unlink(missing_ok=True)
-    for path in sorted(folder.rglob("*"), reverse=True):
-        path.unlink() if path.is_file() else path.rmdir()
-    folder.rmdir()
+def piece(leaf: Leaf, name: str, values: Tensor | None = None) -> Piece:
+    """This rank's values of a parameter, or of something of its shape."""
+    values = leaf.local.detach() if values is None else values
+    return Piece(name, leaf.shape, leaf.box(), values) if values.dim() else Piece(name, (), (), values)
+
+
+def optimizer_pieces(state: State) -> list[Piece]:
+    """What optimizers remember: "parameter.key"."""
+    leaves = {leaf.local: leaf for leaf in state.placed.learned()}
+    return [
+        piece(leaves[parameter], f"{leaves[parameter].name}.{key}", value)
+        for optimizer in state.optimizers
+        for parameter, entry in optimizer.state.items()
+        for key, value in entry.items()
+    ]
+
+
+def checkpoint(state: State, saver: Saver, processor: Processor, run_json: str) -> None:
+    """Begin to save; training goes on meanwhile."""
+    meta = {"step": state.step, "seconds": state.seconds, "batches": stand(state), "torch": torch.__version__}
+    texts = {"run.json": run_json, "model/config.json": to_json(state.placed.model.config)}
+    write_processor = partial(save_processor_in, processor)
+    saver.save(state.step, files_of(state), meta=meta, texts=texts, others=write_processor)
+
+
+def save_processor_in(processor: Processor, draft: Path) -> None:
+    save_processor(draft / "processor", processor)
+
+
+def stand(state: State) -> dict[str, dict]:
+    """Where every stream of batches stands, by its number, from all ranks."""
+    width = max(len(b.waiting) for b in state.batches) + 3
+    told = [[b.slot, b.position, *(at for at, _ in b.waiting)] for b in state.batches]
+    group = state.placed.world.group(*DATA)
+    width = int(max(w for (w,) in gather_all([width], group)))
+    flat = [float(n) for row in told for n in row + [-1] * (width - len(row))]
+    stands = {}
+    for found in gather_all(flat, group):
+        for start in range(0, len(found), width):
+            slot, position, *waiting = (int(n) for n in found[start : start + width])
+            stands[str(slot)] = {"position": position, "waiting": [at for at in waiting if at >= 0]}
+    return stands
 
 
 def restore(state: State, path: Path, run_json: str) -> None:
     """Continue from a checkpoint. Raises BadInput if it was written by a Run that trains something else."""
-    loaded: Checkpoint = load(path)
     ours, theirs = learned_from(run_json), learned_from((path / "run.json").read_text())
     changed = [key for key in LEARNED_FROM if ours[key] != theirs[key]]
+    meta = read_meta(path)
+    if "position" in meta["batches"]:
+        raise BadInput(f"{path} was written by an older version: give this Run a folder of its own (--folder)")
     if changed:
         said = ", ".join(changed)
         raise BadInput(f"{path} was trained with another {said}: give this Run a folder of its own (--folder)")
-    device = next(state.model.parameters()).device
-    offered = loaded.model.state_dict()
-    state.model.load_state_dict(offered | load_tensors(path / "resume" / "weights.safetensors"))
-    state.average = {name: offered[name].to(device) for name in state.average}
-    unflatten(state.optimizers, load_tensors(path / "resume" / "optimizer.safetensors"))
-    state.generator.set_state(load_tensors(path / "resume" / "random.safetensors")["generator"])
-    state.batches.restore(loaded.meta["batches"])
-    state.step, state.seconds = loaded.meta["step"], loaded.meta["seconds"]
+    begin_optimizers(state.optimizers)
+    for file, pieces in files_of(state).items():
+        read_pieces(path / file, pieces)
+    for batches in state.batches:
+        batches.restore(meta["batches"][str(batches.slot)])
+    state.step, state.seconds = meta["step"], meta["seconds"]
+
+
+def begin_optimizers(optimizers: list[torch.optim.Optimizer]) -> None:
+    """Let optimizers remember zeros, so that there is something to read into."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                keys = ("momentum",) if isinstance(optimizer, Muon) else ("exp_avg", "exp_avg_sq")
+                optimizer.state[p] |= {key: torch.zeros_like(p) for key in keys}
+                if not isinstance(optimizer, Muon):
+                    optimizer.state[p]["step"] = torch.zeros((), device=p.device)
 
 
 def learned_from(run_json: str) -> dict[str, Any]:
@@ -315,24 +384,9 @@ def learned_from(run_json: str) -> dict[str, Any]:
     return {key: training if key == "train" else run.get(key) for key in LEARNED_FROM}
 
 
-def flatten(optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """Optimizer states as named tensors: "optimizer.parameter.key"."""
-    named = {}
-    for i, optimizer in enumerate(optimizers):
-        for index, entry in optimizer.state_dict()["state"].items():
-            named |= {f"{i}.{index}.{key}": torch.as_tensor(value) for key, value in entry.items()}
-    return named
-
-
-def unflatten(optimizers: list[torch.optim.Optimizer], named: Mapping[str, Tensor]) -> None:
-    for i, optimizer in enumerate(optimizers):
-        whole = optimizer.state_dict()
-        whole["state"] = {}
-        for name, value in named.items():
-            owner, index, key = name.split(".")
-            if int(owner) == i:
-                whole["state"].setdefault(int(index), {})[key] = value
-        optimizer.load_state_dict(whole)
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole one."""
+    return newest(folder)
 
 
 def summary(path: Path) -> str:
