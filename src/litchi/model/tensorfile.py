@@ -19,7 +19,7 @@ import mmap
 import re
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -100,6 +100,10 @@ class TensorFile(ABC):
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor as a copy, in `dtype` or as stored. Raises BadInput for a name that is not there."""
 
+    def read_box(self, name: str, box: Sequence[tuple[int, int]], dtype: torch.dtype | None = None) -> Tensor:
+        """The part of a tensor from `begin` up to `stop` in each dim, as a copy."""
+        return self.read(name, dtype)[tuple(slice(begin, stop) for begin, stop in box)].clone()
+
     @abstractmethod
     def close(self) -> None:
         """Let go of the file; what was read stays."""
@@ -176,6 +180,21 @@ class SafetensorsFile(MappedFile):
             broken(self.path, f"tensor {show(entry.name)} is BOOL and has bytes other than 0 and 1")
         return torch.from_numpy(raw.copy()).view(DTYPES[entry.dtype])
 
+    def read_box(self, name: str, box: Sequence[tuple[int, int]], dtype: torch.dtype | None = None) -> Tensor:
+        """Only the bytes of the box are touched. oracle: `TensorFile.read_box`"""
+        entry = self._find(name)
+        if self._data is None:
+            raise ValueError(f"{self.path} is closed")
+        if entry.size == 0 or not entry.shape:
+            return super().read_box(name, box, dtype)
+        *outer, (begin, stop) = box
+        width = self.block(entry)
+        raw = np.frombuffer(self._data, np.uint8, entry.size, entry.offset)
+        rows = raw.reshape(*entry.shape[:-1], entry.shape[-1] * width)
+        part = rows[(*(slice(*cut) for cut in outer), slice(begin * width, stop * width))]
+        out = self.decode(entry, part.reshape(-1)) if part.size else torch.empty(0, dtype=self.dtype(entry))
+        return out.view([b - a for a, b in box]).to(dtype or out.dtype)
+
 
 class Shards(TensorFile):
     """A folder of safetensors files with an index that says which file holds which tensor."""
@@ -190,6 +209,11 @@ class Shards(TensorFile):
         if name not in self._where:
             raise BadInput(f"{self.path} has no tensor {show(name)}{nearest(name, self.entries)}")
         return self._files[self._where[name]].read(name, dtype)
+
+    def read_box(self, name: str, box: Sequence[tuple[int, int]], dtype: torch.dtype | None = None) -> Tensor:
+        if name not in self._where:
+            raise BadInput(f"{self.path} has no tensor {show(name)}{nearest(name, self.entries)}")
+        return self._files[self._where[name]].read_box(name, box, dtype)
 
     def close(self) -> None:
         for file in self._files.values():
@@ -247,26 +271,27 @@ def open_folder(path: Path) -> TensorFile:
     if (path / WHOLE).is_file():
         return open_safetensors(path / WHOLE)
     if (path / INDEX).is_file():
-        return open_shards(path)
+        return open_shards(path / INDEX)
     for name in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
         if (path / name).is_file():
             raise BadInput(f"{path} has only {name}: {PICKLE_MEND}")
     raise BadInput(f"{path} has neither {WHOLE} nor {INDEX}: name a folder that has, or a file of weights")
 
 
-def open_shards(path: Path) -> TensorFile:
-    index = read_index(path / INDEX)
+def open_shards(index_path: Path) -> TensorFile:
+    """The files beside an index that it names."""
+    path, index = index_path.parent, read_index(index_path)
     where = index["weight_map"]
     files: dict[str, TensorFile] = {}
     for file in sorted(set(where.values())):
         if not (path / file).is_file():
             raise BadInput(
-                f"{path}: {show(file)} is missing, which {INDEX} names: copy the folder again, with all files"
+                f"{path}: {show(file)} is missing, which {index_path.name} names: copy the folder again, with all files"
             )
         files[file] = open_safetensors(path / file)
     for name, file in where.items():
         if name not in files[file].entries:
-            broken(path / INDEX, f"it says that {show(file)} holds {show(name)}, which that file does not")
+            broken(index_path, f"it says that {show(file)} holds {show(name)}, which that file does not")
     metadata = index.get("metadata")
     return Shards(path, files, where, metadata if isinstance(metadata, dict) else {})
 

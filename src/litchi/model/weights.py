@@ -113,9 +113,21 @@ def save(
     publish(draft, folder, meta=meta)
 
 
-def publish(draft: Path, folder: Path, *, meta: Mapping[str, object], check: bool = True) -> None:
-    """Seal a draft and rename it into place; with `check`, load it once for golden logits."""
-    files = {str(p.relative_to(draft)): digest(p) for p in sorted(draft.rglob("*")) if p.is_file()}
+def publish(
+    draft: Path,
+    folder: Path,
+    *,
+    meta: Mapping[str, object],
+    check: bool = True,
+    digests: Mapping[str, str] | None = None,
+) -> None:
+    """Seal a draft and rename it into place; with `check`, load it once for golden logits.
+
+    `digests` are those of files by relative path that somebody has already computed.
+    """
+    known = digests or {}
+    names = [str(p.relative_to(draft)) for p in sorted(draft.rglob("*")) if p.is_file()]
+    files = {name: known.get(name) or digest(draft / name) for name in names}
     whole = {"format": FORMAT, **meta, "golden": golden(load_model(draft)) if check else None, "files": files}
     (draft / "meta.json").write_text(json.dumps({**whole, "sha256": seal(whole)}, indent=1))
     for path in draft.rglob("*"):
