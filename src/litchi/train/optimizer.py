@@ -79,7 +79,12 @@ def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
 
 
 def build_optimizers(leaves: Iterable[Leaf], config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """Muon over matrices inside layers, AdamW over the rest; vectors and scalars do not decay."""
+    """Muon over matrices inside layers, AdamW over the rest; vectors and scalars do not decay.
+
+    On a CPU torch's fused AdamW rounds the last few values of a tensor otherwise than the rest, so that a tensor cut
+    elsewhere would end with other bits; where the layout is to be exact it is taken apart into single operations.
+    """
+    leaves = list(leaves)
     matrices, decayed, plain = [], [], []
     for leaf in leaves:
         trunk = leaf.name.startswith("layers.") and len(leaf.shape) == 2
@@ -88,7 +93,8 @@ def build_optimizers(leaves: Iterable[Leaf], config: OptimizerConfig) -> list[to
         {"params": [leaf.local for leaf in decayed], "weight_decay": config.weight_decay},
         {"params": [leaf.local for leaf in plain], "weight_decay": 0.0},
     ]
-    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=1e-10, fused=True)
+    fused = any(leaf.local.is_cuda or not leaf.world.layout.exact for leaf in leaves)
+    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=1e-10, fused=fused, foreach=not fused)
     if not matrices:
         return [adamw]
     muon = Muon(matrices, lr=config.matrix_lr, momentum=config.momentum, weight_decay=config.weight_decay)
