@@ -41,12 +41,20 @@ class Case:
     batch: Batch
 
 
-def parts_case(kinds: Sequence[str], *, row: int, flow: bool = False, tower: bool = False, experts: int = 1) -> Case:
+def parts_case(
+    kinds: Sequence[str],
+    *,
+    row: int,
+    num_rows: int = 3,
+    flow: bool = False,
+    tower: bool = False,
+    experts: int = 1,
+) -> Case:
     p = processor(flow=flow, tower=tower)
     rng = np.random.default_rng(5)
     samples = [Sample(tuple(part(kind, rng) for kind in kinds), key=str(i), source="law") for i in range(3)]
     documents = [p.encode(s, np.random.default_rng([7, i])) for i, s in enumerate(samples)]
-    return Case(model(p, flow=flow, experts=experts), laid(documents, row, p.tokenizer.pad))
+    return Case(model(p, flow=flow, experts=experts), laid(documents, row, p.tokenizer.pad, num_rows))
 
 
 def made_case(kind: str, modality: Modality) -> Case:
@@ -59,9 +67,9 @@ def made_case(kind: str, modality: Modality) -> Case:
     return Case(built, laid(documents, 0, 0))
 
 
-def laid(documents: Sequence[TokenSequence], row: int, pad: int) -> Batch:
+def laid(documents: Sequence[TokenSequence], row: int, pad: int, num_rows: int = 3) -> Batch:
     if row:
-        return pack_rows([[d] for d in documents] + [[]] * (-len(documents) % 2), row, pad)
+        return pack_rows([[d] for d in documents] + [[]] * (num_rows - len(documents)), row, pad)
     before = padding(LEAD, pad)  # so that ranks' shares end within pictures
     return pack([before, *documents, padding(-(LEAD + sum(map(len, documents))) % 8 or 8, pad)])
 
@@ -69,6 +77,7 @@ def laid(documents: Sequence[TokenSequence], row: int, pad: int) -> Batch:
 CASES = {
     "text": partial(parts_case, ("user", "answer", "answer"), row=0),
     "text in rows": partial(parts_case, ("user", "answer", "answer"), row=24),
+    "text in rows that stay whole": partial(parts_case, ("user", "answer", "answer"), row=24, num_rows=8),
     "image, mask": partial(parts_case, ("user", "draw", "see", "answer", "frame"), row=0),
     "image, mask, in rows": partial(parts_case, ("user", "draw", "see", "answer", "frame"), row=80),
     "image, flow": partial(parts_case, ("user", "draw", "see", "answer", "frame"), row=0, flow=True),

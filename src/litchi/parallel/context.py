@@ -108,7 +108,7 @@ def apply(model: Model, world: World) -> None:
 
 def exchanging(batch: Batch, cache: KVCache | None, *, group: ProcessGroup) -> Attend:
     """Ulysses, in the form of attention that suits the whole batch."""
-    if cache is not None:
+    if cache is not None or whole_rows(batch, pieces=1):
         return attention_for(batch, cache)
     return partial(attend_by_heads, attend=attention_among(whole_columns(batch, group), batch.row), group=group)
 
@@ -139,7 +139,7 @@ def swap(x: Tensor, group: ProcessGroup) -> Tensor:
 
 def gathering(batch: Batch, cache: KVCache | None, *, group: ProcessGroup) -> Attend:
     """The queries of this rank's tokens over the keys and values of all. Keys may come in any order."""
-    if cache is not None:
+    if cache is not None or whole_rows(batch, pieces=2):
         return attention_for(batch, cache)
     q, k = Columns.of(batch), whole_columns(batch, group)
     attend = flex_attend(q, k) if q.docs.is_cuda else partial(attend_dense, mask_TM=dense_mask(q, k))
@@ -150,6 +150,11 @@ def attend_to_gathered(q_tHK: Tensor, k_tGK: Tensor, v_tGK: Tensor, *, attend: A
     """Gradients of keys and values are summed where they came from. oracle: attend over the whole axis"""
     k_TGK, v_TGK = gather_rows(torch.stack([k_tGK, v_tGK], 1), group).unbind(1)
     return attend(q_tHK, k_TGK, v_TGK)
+
+
+def whole_rows(batch: Batch, pieces: int) -> bool:
+    """Whether the pieces of a share are whole rows: no document crosses those, and nothing need be exchanged."""
+    return batch.row > 0 and len(batch) % (pieces * batch.row) == 0
 
 
 def whole_columns(batch: Batch, group: ProcessGroup) -> Columns:
