@@ -121,7 +121,6 @@ def test_pictures_that_are_only_understood_belong_to_the_first_expert() -> None:
 
 def learn(batch: Batch) -> Model:
     net = model()
-    rng = torch.Generator().manual_seed(0)
     train_step(apply(net, World()), [], [batch], scale={}, clip_at=0.0, dtype=torch.float32, draw=(0, 0))
     return net
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from litchi.schema.processor import Processor
 from litchi.schema.sample import Sample
 from litchi.train.batches import BatchConfig
 from litchi.train.optimizer import OptimizerConfig
+from litchi.train.pictures import SEARCHED
 from litchi.train.run import TrainConfig, run
 from litchi.train.schedule import Trapezoid
 from tests.laws.documents import part, processor
@@ -52,5 +55,20 @@ def sample(position: int) -> Sample:
     return Sample(tuple(part(str(kind), rng) for kind in kinds), key=str(position), source=source)
 
 
-def train(folder: Path, config: TrainConfig = CONFIG, p: Processor = PROCESSOR) -> Path:
-    return run(config, MODEL, p, sample, folder, RUN)
+def train(
+    folder: Path, config: TrainConfig = CONFIG, p: Processor = PROCESSOR, samples: Callable[[int], Sample] = sample
+) -> Path:
+    return run(config, MODEL, p, samples, folder, RUN)
+
+
+class CtrlC:
+    """The samples of the run, and a Ctrl-C after training has asked for `count` of them."""
+
+    def __init__(self, count: int) -> None:
+        self.left = SEARCHED + count  # sample pictures are looked for first
+
+    def __call__(self, position: int) -> Sample:
+        self.left -= 1
+        if self.left == 0:
+            signal.raise_signal(signal.SIGINT)
+        return sample(position)

@@ -29,7 +29,8 @@ def test_muon_is_torchs_step_by_step() -> None:
     ours = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]
     rates = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.1}
-    mine = Muon(ours, **rates)
+    leaves = [Leaf(str(i), p, p, tuple(p.shape), Slice(), World()) for i, p in enumerate(ours)]
+    mine = Muon(leaves, **rates)
     oracle = torch.optim.Muon(theirs, nesterov=True, adjust_lr_fn="match_rms_adamw", **rates)
     for _ in range(4):
         before = [p.detach().clone() for p in ours]

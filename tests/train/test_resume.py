@@ -22,13 +22,12 @@ from litchi.schema.sample import Sample
 from litchi.train.pictures import SEARCHED
 from litchi.train.run import newest_checkpoint, run
 from tests.house.sources import ROOT
-from tests.train.runs import CONFIG, MODEL, PROCESSOR, RUN, sample, train
+from tests.train.runs import CONFIG, MODEL, PROCESSOR, RUN, CtrlC, sample, train
 
 STATE = (
     "model/model.safetensors",
     "resume/weights.safetensors",
     "resume/optimizer.safetensors",
-    "resume/random.safetensors",
 )
 
 
@@ -54,19 +53,6 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 def rows(folder: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k != "seconds"} for row in read(folder)]
-
-
-class CtrlC:
-    """The samples of the run, and a Ctrl-C after training has asked for `count` of them."""
-
-    def __init__(self, count: int) -> None:
-        self.left = SEARCHED + count  # sample pictures are looked for first
-
-    def __call__(self, position: int) -> Sample:
-        self.left -= 1
-        if self.left == 0:
-            signal.raise_signal(signal.SIGINT)
-        return sample(position)
 
 
 def forget() -> None:
@@ -135,6 +121,6 @@ def test_a_damaged_checkpoint_is_refused_and_left_alone(whole: Path, tmp_path: P
     path = last / "resume" / "optimizer.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     metrics = (folder / "metrics.jsonl").read_bytes()
-    with pytest.raises(BadInput, match=r"resume/optimizer.safetensors has changed"):
+    with pytest.raises(BadInput, match=r"resume/optimizer.safetensors is missing or has changed"):
         train(folder)
     assert (folder / "metrics.jsonl").read_bytes() == metrics
