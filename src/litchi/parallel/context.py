@@ -25,7 +25,7 @@ from litchi.model.attention import Attend, attend_dense, attention_among, attent
 from litchi.model.cache import Columns, KVCache
 from litchi.model.network import Model, ModelConfig, Velocity
 from litchi.model.vision import Tower
-from litchi.parallel.collectives import all_gather, exchange, gather_rows
+from litchi.parallel.collectives import all_gather, exchange, reduce_scatter
 from litchi.parallel.mesh import World
 from litchi.schema.sequence import COLUMNS, Batch, Vectors, seen_from
 
@@ -148,8 +148,12 @@ def gathering(batch: Batch, cache: KVCache | None, *, group: ProcessGroup) -> At
 
 def attend_to_gathered(q_tHK: Tensor, k_tGK: Tensor, v_tGK: Tensor, *, attend: Attend, group: ProcessGroup) -> Tensor:
     """Gradients of keys and values are summed where they came from. oracle: attend over the whole axis"""
-    k_TGK, v_TGK = gather_rows(torch.stack([k_tGK, v_tGK], 1), group).unbind(1)
+    k_TGK, v_TGK = exchange(torch.stack([k_tGK, v_tGK], 1), all_gather, summed_in_fp32, group).unbind(1)
     return attend(q_tHK, k_TGK, v_TGK)
+
+
+def summed_in_fp32(grad: Tensor, group: ProcessGroup) -> Tensor:
+    return reduce_scatter(grad.float(), group).to(grad.dtype)
 
 
 def whole_rows(batch: Batch, pieces: int) -> bool:
