@@ -1,4 +1,4 @@
-"""A batch without pictures still runs what reads and draws them: nothing it learns changes, and no gradient is missing."""
+"""A batch without pictures still runs what reads and draws them: it learns the same, and no gradient is missing."""
 
 from __future__ import annotations
 

@@ -27,15 +27,20 @@ def visible(q_doc, k_doc, q_span, k_span, k_readable):
 
 
 def attention_for(batch: Batch, cache: KVCache | None) -> Attend:
-    """The form that suits a batch: against a cache dense, laid out in rows by row, otherwise flex (GPU) or dense."""
+    """Against a cache dense, otherwise in the form that suits the batch."""
     q = Columns.of(batch)
     if cache is not None:
         return partial(attend_dense, mask_TM=dense_mask(q, cache.admit(batch)))
-    if batch.row:
-        return partial(attend_rows, mask_RWW=row_masks(q, batch.row))
-    if batch.tokens.is_cuda:
-        return flex_attend(q, q)
-    return partial(attend_dense, mask_TM=dense_mask(q, q))
+    return attention_among(q, batch.row)
+
+
+def attention_among(columns: Columns, row: int) -> Attend:
+    """The form for tokens that read each other: row by row if laid out so, otherwise flex (GPU) or dense."""
+    if row:
+        return partial(attend_rows, mask_RWW=row_masks(columns, row))
+    if columns.docs.is_cuda:
+        return flex_attend(columns, columns)
+    return partial(attend_dense, mask_TM=dense_mask(columns, columns))
 
 
 # ---- dense: the oracle --------------------------------------------------------------------------------------------

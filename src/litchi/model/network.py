@@ -364,7 +364,8 @@ class Model(nn.Module):
         seen = []
         for modality, v in batch.vectors.items():
             index_N, x_NXD = v.index, self.readers[modality](v)
-            if modality == Modality.VISION:  # some patches are read by the tower alone
+            if modality == Modality.VISION or isinstance(self.config.modalities[modality], Velocity):
+                # rows that stand nowhere only complete their pictures
                 stands_N = (index_N >= 0).nonzero()[:, 0]
                 index_N, x_NXD = index_N[stands_N], x_NXD[stands_N]
             seen.append((index_N, x_NXD if x_NXD.dim() == 3 else x_NXD[:, None]))
@@ -384,7 +385,7 @@ class Model(nn.Module):
         spans_T = torch.zeros_like(batch.tokens, dtype=torch.bool)
         for modality, v in batch.vectors.items():
             if modality != Modality.VISION:
-                spans_T[v.index] = True
+                spans_T[v.index[v.index >= 0]] = True
         return [(~spans_T).nonzero()[:, 0], spans_T.nonzero()[:, 0]]
 
     def logits(self, x_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T V"]:

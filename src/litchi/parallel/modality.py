@@ -1,6 +1,6 @@
 """Every rank reads and writes every modality, also those that its documents lack, so that no rank waits for another.
 
-An absent modality is vectors without rows. What reads and writes them gets a gradient of zeros, where it would get none.
+An absent modality is vectors without rows. What reads and writes it gets a gradient of zeros, where it had none.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class Vectors:
     """The span tokens of one modality, each in some state of denoising."""
 
     index: Int[Tensor, "N"]
-    """Where each row sits on the T axis; -1 for a patch that a vision tower reads and nothing else does."""
+    """Where each row sits on the T axis; -1 for one that only completes a picture, where its reader needs it whole."""
     place: Int[Tensor, "N 3"]
     """Which picture a row is of, and its row and column there, counted from the middle; picture -1 ends a line."""
     value: Float[Tensor, "N C"]
