@@ -49,7 +49,7 @@ class Bucket:
     def whole(self) -> list[str]:
         """The names of the checkpoints that are there, "step_0000200" and the like."""
         names = self.attempt(lambda: [name for name, sealed in self._names().items() if sealed])
-        return sorted(names)
+        return sorted(names, key=by_step)
 
     def unseal(self, name: str) -> None:
         """From now on this checkpoint is not there, whatever files it has."""
@@ -65,9 +65,9 @@ class Bucket:
         """All files are there: put meta.json, then remove what is older than the newest `keep`."""
         self.put(name, folder, [META])
         names = self.attempt(self._names)
-        oldest = sorted(name for name, sealed in names.items() if sealed)[-keep:][0]
-        for old in sorted(names):
-            if old < oldest:
+        oldest = sorted((name for name, sealed in names.items() if sealed), key=by_step)[-keep:][0]
+        for old in names:
+            if by_step(old) < by_step(oldest):
                 self._remove(old)
 
     def begin(self, name: str, folder: Path) -> list[str]:
@@ -114,3 +114,8 @@ class Bucket:
 
     def _key(self, name: str, file: str) -> str:
         return "/".join(part for part in (self.prefix, name, file) if part)
+
+
+def by_step(name: str) -> tuple[int, str]:
+    """Sorts "step_0000200" after what came before it, even where a number outgrows its digits."""
+    return len(name), name

@@ -73,7 +73,7 @@ class Peers:
             texts = [torch.empty_like(padded) for _ in range(self.size)]
             dist.all_gather(texts, padded, self.group)
         except RuntimeError as error:  # what gloo raises for a connection that ended, and for one that is silent
-            raise Failed(f"a rank does not answer ({one_line(error)})") from error
+            raise silent(error) from error
         return [bytes(t[: int(n)].numpy()).decode() for t, n in zip(texts, counts, strict=True)]
 
     def all(self, holds: bool) -> bool:
@@ -84,8 +84,14 @@ class Peers:
         try:
             dist.all_reduce(vote, dist.ReduceOp.MIN, self.group)
         except RuntimeError as error:
-            raise Failed(f"a rank does not answer ({one_line(error)})") from error
+            raise silent(error) from error
         return bool(vote)
+
+
+def silent(error: RuntimeError) -> Failed:
+    """What gloo raised, without the place in its source before and its advice behind."""
+    said = one_line(error).rpartition(".cc:")[2].partition("] ")[2].partition(". ")[0] or one_line(error)
+    return Failed(f"a rank does not answer ({said})")
 
 
 def explain(error: Exception) -> str:
