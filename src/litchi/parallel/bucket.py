@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from litchi.config import BadInput
@@ -20,6 +20,9 @@ META = "meta.json"
 
 PART_BYTES = 32 << 20
 """Bytes of a part of an upload; S3 takes ten thousand parts of one file."""
+
+PART_SECONDS = 120
+"""How long one request may take."""
 
 CHUNK_BYTES = 8 << 20
 """Bytes that are written at a time while a file comes in."""
@@ -42,8 +45,12 @@ class Bucket:
         endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
         self.store = need("s3", "obstore.store").S3Store(
             name,
-            client_options={"allow_http": endpoint.startswith("http://"), "connect_timeout": timedelta(seconds=5)},
-            retry_config={"max_retries": 10, "retry_timeout": timedelta(seconds=retry_seconds)},
+            client_options={
+                "allow_http": endpoint.startswith("http://"),
+                "connect_timeout": timedelta(seconds=5),
+                "timeout": timedelta(seconds=PART_SECONDS),
+            },
+            retry_config={"max_retries": 1000, "retry_timeout": timedelta(seconds=retry_seconds)},
         )
 
     def whole(self) -> list[str]:
@@ -73,7 +80,11 @@ class Bucket:
     def begin(self, name: str, folder: Path) -> list[str]:
         """Fetch meta.json of a checkpoint into a folder; gives the names of its files."""
         self.get(name, folder, [META])
-        return sorted(read_meta(folder)["files"])
+        files = sorted(read_meta(folder)["files"])
+        for file in files:
+            if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
+                raise BadInput(f"{self.url}/{name}: it names the file {file!r}, which is outside of it: do not use it")
+        return files
 
     def get(self, name: str, folder: Path, files: Sequence[str]) -> None:
         for file in files:
@@ -85,8 +96,9 @@ class Bucket:
         try:
             return ask()
         except self.obstore.exceptions.BaseError as error:
-            said = " ".join(str(error).split())[:200]
-            raise BadInput(f"{self.url}: the store does not do it ({said}): see to the server and its keys") from error
+            said, _, retries = " ".join(str(error).split()).removeprefix("Generic S3 error: ").partition(", after ")
+            why = f"{said[:120]}: {retries.rpartition(' - ')[2][:120]}" if retries else said[:240]
+            raise BadInput(f"{self.url}: the store did not do it ({why}): see to the server and its keys") from error
 
     def _stream(self, key: str, path: Path) -> None:
         with path.open("wb") as out:

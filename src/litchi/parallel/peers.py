@@ -1,4 +1,4 @@
-"""All ranks tell each other short texts, over connections that training does not use, so that neither waits for the other.
+"""All ranks tell each other short texts, over connections that training does not use, so that neither delays the other.
 
 It is how many processes do one thing: each does its share, all hear of a fault, and none goes on after one.
 """
@@ -27,6 +27,9 @@ MENDS = {
     errno.EROFS: "name a folder that you may write to",
 }
 
+MAX_LINE = 600
+"""Characters of a message."""
+
 
 class Failed(Exception):
     """What all ranks did together came to nothing; the message is one line and the same on each that is left."""
@@ -42,7 +45,9 @@ class Peers:
         self.rank, self.size = world.rank, world.size
         self.group: ProcessGroup | None = None
         if world.size > 1:
-            self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
+            group = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
+            assert isinstance(group, ProcessGroup)
+            self.group = group
 
     def together(self, share: Callable[[], Any]) -> list[Any]:
         """Do `share` on every rank; gives what each returned, JSON data, in the order of ranks.
@@ -105,4 +110,4 @@ def explain(error: Exception) -> str:
 
 def one_line(error: Exception) -> str:
     line = " ".join(str(error).split())
-    return line if len(line) <= 300 else line[:297] + "..."
+    return line if len(line) <= MAX_LINE else line[: MAX_LINE - 3] + "..."
