@@ -333,8 +333,8 @@ def test_a_beginning_clears_drafts_and_puts_back_what_was_moved_aside(tmp_path: 
 
 
 def test_killed_at_any_touch_of_a_file_the_newest_checkpoint_is_whole(tmp_path: Path):
-    """SIGKILL in real processes, of one rank and of both; every eleventh touch, all with a stride of 1."""
-    command = [sys.executable, "-m", "tests.parallel.kills", str(tmp_path), "11"]
+    """SIGKILL in real processes, of one rank and of both; every 23rd touch, all with a stride of 1."""
+    command = [sys.executable, "-m", "tests.parallel.kills", str(tmp_path), "23"]
     answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert answer.returncode == 0 and answer.stdout.endswith("done\n"), answer.stdout + answer.stderr
     assert "a rank does not answer" in answer.stdout
