@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from litchi.config import BadInput
@@ -20,6 +20,9 @@ META = "meta.json"
 
 PART_BYTES = 32 << 20
 """Bytes of a part of an upload; S3 takes ten thousand parts of one file."""
+
+PART_SECONDS = 120
+"""How long one request may take."""
 
 CHUNK_BYTES = 8 << 20
 """Bytes that are written at a time while a file comes in."""
@@ -42,14 +45,18 @@ class Bucket:
         endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
         self.store = need("s3", "obstore.store").S3Store(
             name,
-            client_options={"allow_http": endpoint.startswith("http://"), "connect_timeout": timedelta(seconds=5)},
-            retry_config={"max_retries": 10, "retry_timeout": timedelta(seconds=retry_seconds)},
+            client_options={
+                "allow_http": endpoint.startswith("http://"),
+                "connect_timeout": timedelta(seconds=5),
+                "timeout": timedelta(seconds=PART_SECONDS),
+            },
+            retry_config={"max_retries": 1000, "retry_timeout": timedelta(seconds=retry_seconds)},
         )
 
     def whole(self) -> list[str]:
         """The names of the checkpoints that are there, "step_0000200" and the like."""
         names = self.attempt(lambda: [name for name, sealed in self._names().items() if sealed])
-        return sorted(names)
+        return sorted(names, key=by_step)
 
     def unseal(self, name: str) -> None:
         """From now on this checkpoint is not there, whatever files it has."""
@@ -65,15 +72,19 @@ class Bucket:
         """All files are there: put meta.json, then remove what is older than the newest `keep`."""
         self.put(name, folder, [META])
         names = self.attempt(self._names)
-        oldest = sorted(name for name, sealed in names.items() if sealed)[-keep:][0]
-        for old in sorted(names):
-            if old < oldest:
+        oldest = sorted((name for name, sealed in names.items() if sealed), key=by_step)[-keep:][0]
+        for old in names:
+            if by_step(old) < by_step(oldest):
                 self._remove(old)
 
     def begin(self, name: str, folder: Path) -> list[str]:
         """Fetch meta.json of a checkpoint into a folder; gives the names of its files."""
         self.get(name, folder, [META])
-        return sorted(read_meta(folder)["files"])
+        files = sorted(read_meta(folder)["files"])
+        for file in files:
+            if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
+                raise BadInput(f"{self.url}/{name}: it names the file {file!r}, which is outside of it: do not use it")
+        return files
 
     def get(self, name: str, folder: Path, files: Sequence[str]) -> None:
         for file in files:
@@ -85,8 +96,9 @@ class Bucket:
         try:
             return ask()
         except self.obstore.exceptions.BaseError as error:
-            said = " ".join(str(error).split())[:200]
-            raise BadInput(f"{self.url}: the store does not do it ({said}): see to the server and its keys") from error
+            said, _, retries = " ".join(str(error).split()).removeprefix("Generic S3 error: ").partition(", after ")
+            why = f"{said[:120]}: {retries.rpartition(' - ')[2][:120]}" if retries else said[:240]
+            raise BadInput(f"{self.url}: the store did not do it ({why}): see to the server and its keys") from error
 
     def _stream(self, key: str, path: Path) -> None:
         with path.open("wb") as out:
@@ -114,3 +126,8 @@ class Bucket:
 
     def _key(self, name: str, file: str) -> str:
         return "/".join(part for part in (self.prefix, name, file) if part)
+
+
+def by_step(name: str) -> tuple[int, str]:
+    """Sorts "step_0000200" after what came before it, even where a number outgrows its digits."""
+    return len(name), name

@@ -35,7 +35,7 @@ from litchi.model.weights import digest, flush, publish, read_meta, replace_fold
 from litchi.parallel.bucket import Bucket
 from litchi.parallel.mesh import World
 from litchi.parallel.peers import Failed, Peers
-from litchi.parallel.pieces import Box, Claim, Piece, Plan, claim_of, make_plan, write_all, write_box
+from litchi.parallel.pieces import Box, Claim, Piece, Plan, claim_of, make_plan, write_box
 
 OnFailed = Literal["go on", "stop"]
 
@@ -136,7 +136,7 @@ class Saver:
         self.thread.start()
 
     def poll(self) -> None:
-        """Look after a save that is under way; costs nothing when there is none. Raises BadInput as `on_failed` says."""
+        """See to a save that is under way; costs nothing when there is none. Raises BadInput as `on_failed` says."""
         if self.thread is None:
             return
         with self.or_bad_input():
@@ -168,9 +168,10 @@ class Saver:
             if last is None:
                 return None
             path = self.folder / last
-            if not self.peers.all((path / "meta.json").is_file()):
-                self._fetch(last)
-            self.peers.together(lambda: self._check(path, read_meta(path)["files"]))
+            if self.peers.all((path / "meta.json").is_file()):
+                self.peers.together(lambda: self._check(path))
+            else:
+                self._fetch(path)
         return path
 
     def agree_on_plan(self, claims: list[Claim]) -> Plan:
@@ -247,18 +248,25 @@ class Saver:
             names.append(last.name)
         return max(names, key=step_of, default=None)
 
-    def _fetch(self, name: str) -> None:
+    def _fetch(self, path: Path) -> None:
         """Bring a checkpoint here, each rank its share, and rename it into place when all of it has come."""
-        bucket, path = self.bucket, self.folder / name
+        bucket, draft, lead = self.bucket, draft_of(path), self.world.rank == 0
         if bucket is None:
-            raise Failed(f"{path}: other ranks do not see it: name a folder on a disk that all ranks share")
-        draft, lead = draft_of(path), self.world.rank == 0
-        names = self.peers.together(lambda: bucket.begin(name, draft) if lead else None)[0]
-        mine = names[self.world.rank :: self.world.size]
-        self.peers.together(lambda: bucket.get(name, draft, mine))
-        self.peers.together(lambda: replace_folder(draft, path) if lead else None)
+            raise Failed("other ranks do not see what rank 0 sees there: name a folder on a disk that all ranks share")
+        try:
+            names = self.peers.together(lambda: bucket.begin(path.name, draft) if lead else None)[0]
+            mine = names[self.world.rank :: self.world.size]
+            self.peers.together(lambda: bucket.get(path.name, draft, mine))
+            self.peers.together(lambda: self._check(draft))
+            self.peers.together(lambda: replace_folder(draft, path) if lead else None)
+        except Failed:
+            if lead:
+                shutil.rmtree(draft, ignore_errors=True)
+            raise
 
-    def _check(self, path: Path, files: Mapping[str, str]) -> None:
+    def _check(self, path: Path) -> None:
+        """Raises BadInput if a file of this rank's share is not what meta.json says."""
+        files = read_meta(path)["files"]
         for file in sorted(files)[self.world.rank :: self.world.size]:
             if not (path / file).is_file() or digest(path / file) != files[file]:
                 raise BadInput(f"{path / file} is missing or has changed since it was saved: copy the checkpoint again")

@@ -1,4 +1,4 @@
-"""All ranks tell each other short texts, over connections that training does not use, so that neither waits for the other.
+"""All ranks tell each other short texts, over connections that training does not use, so that neither delays the other.
 
 It is how many processes do one thing: each does its share, all hear of a fault, and none goes on after one.
 """
@@ -27,6 +27,9 @@ MENDS = {
     errno.EROFS: "name a folder that you may write to",
 }
 
+MAX_LINE = 600
+"""Characters of a message."""
+
 
 class Failed(Exception):
     """What all ranks did together came to nothing; the message is one line and the same on each that is left."""
@@ -42,7 +45,9 @@ class Peers:
         self.rank, self.size = world.rank, world.size
         self.group: ProcessGroup | None = None
         if world.size > 1:
-            self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
+            group = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
+            assert isinstance(group, ProcessGroup)
+            self.group = group
 
     def together(self, share: Callable[[], Any]) -> list[Any]:
         """Do `share` on every rank; gives what each returned, JSON data, in the order of ranks.
@@ -73,7 +78,7 @@ class Peers:
             texts = [torch.empty_like(padded) for _ in range(self.size)]
             dist.all_gather(texts, padded, self.group)
         except RuntimeError as error:  # what gloo raises for a connection that ended, and for one that is silent
-            raise Failed(f"a rank does not answer ({one_line(error)})") from error
+            raise silent(error) from error
         return [bytes(t[: int(n)].numpy()).decode() for t, n in zip(texts, counts, strict=True)]
 
     def all(self, holds: bool) -> bool:
@@ -84,8 +89,14 @@ class Peers:
         try:
             dist.all_reduce(vote, dist.ReduceOp.MIN, self.group)
         except RuntimeError as error:
-            raise Failed(f"a rank does not answer ({one_line(error)})") from error
+            raise silent(error) from error
         return bool(vote)
+
+
+def silent(error: RuntimeError) -> Failed:
+    """What gloo raised, without the place in its source before and its advice behind."""
+    said = one_line(error).rpartition(".cc:")[2].partition("] ")[2].partition(". ")[0] or one_line(error)
+    return Failed(f"a rank does not answer ({said})")
 
 
 def explain(error: Exception) -> str:
@@ -99,4 +110,4 @@ def explain(error: Exception) -> str:
 
 def one_line(error: Exception) -> str:
     line = " ".join(str(error).split())
-    return line if len(line) <= 300 else line[:297] + "..."
+    return line if len(line) <= MAX_LINE else line[: MAX_LINE - 3] + "..."

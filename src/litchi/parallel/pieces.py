@@ -30,7 +30,7 @@ Box = tuple[tuple[int, int], ...]
 INDEX_END = ".index.json"
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-ORDER = "BOOL U8 I8 F8_E5M2 F8_E4M3 F8_E4M3FNUZ F8_E5M2FNUZ I16 F16 BF16 I32 F32 F64 I64".split()
+ORDER: list[str] = "BOOL U8 I8 F8_E5M2 F8_E4M3 F8_E4M3FNUZ F8_E5M2FNUZ I16 F16 BF16 I32 F32 F64 I64".split()
 """Types as the safetensors library ranks them; it writes the last first, and of one type by name."""
 
 
