@@ -39,6 +39,9 @@ SETTLED = 3
 SAMPLES = 20
 """Looks at the main thread that make one measurement of how long it waits for others."""
 TORCH = os.path.dirname(torch.__file__) + os.sep
+LITCHI = str(Path(__file__).parents[1]) + os.sep
+LIBRARIES = tuple({os.path.dirname(os.__file__) + os.sep, str(Path(TORCH).parent) + os.sep})
+"""Where Python and its packages are, to which a line is only traced if nothing else is left."""
 COLLECTIVES = tuple(
     os.path.join(TORCH, "distributed", *path.split("/"))
     for path in (
@@ -276,30 +279,31 @@ def names_of(frame: FrameType | None) -> set[str]:
 
 
 def locate(frames: Iterable[tuple[FrameType, int]]) -> tuple[str, str]:
-    """The innermost line outside torch, and the collective that is waited in below it ("" if none).
+    """The innermost line that is nobody's library, and the collective that is waited in ("" if none).
 
     A line that waits for work that was begun earlier (`work.wait()`) counts as the collective "wait".
     """
-    collective = ""
+    collective = innermost = ""
     for frame, number in frames:
         path, function = frame.f_code.co_filename, frame.f_code.co_name
-        if path in COLLECTIVES:
+        if not innermost and path in COLLECTIVES:
             known = collective not in ("", "wait")
             if not known or path != FSDP:  # the outermost is what was called, and FSDP calls the well-known ones
                 collective = function if function not in WAITS else collective or "wait"
         elif not path.startswith((TORCH, "<frozen")):
-            if not collective and ".wait(" in linecache.getline(path, number):
+            if not innermost and not collective and ".wait(" in linecache.getline(path, number):
                 collective = "wait"
-            return f"{shorten(path)}:{number} in {function}", collective
-    return "", collective
+            line = f"{shorten(path)}:{number} in {function}"
+            innermost = innermost or line
+            if path.startswith(LITCHI) or not path.startswith(LIBRARIES):
+                return line, collective
+    return innermost, collective
 
 
 def shorten(path: str) -> str:
-    """From the folder where the command was started, or below a folder of packages."""
-    try:
-        return str(Path(path).relative_to(Path.cwd()))
-    except ValueError:
-        return path.rpartition("site-packages" + os.sep)[2]
+    """As seen from the folder where the command was started."""
+    here = os.getcwd() + os.sep
+    return path[len(here) :] if path.startswith(here) else path.rpartition("site-packages" + os.sep)[2]
 
 
 def issued() -> dict[str, int]:
