@@ -241,7 +241,8 @@ def test_pods_find_each_other_and_each_holds_its_gpus():
     env = {entry["name"]: entry["value"] for entry in container["env"]}
     port = service["spec"]["ports"][0]["port"]
     assert env["RENDEZVOUS"] == f"{name}-0.{pod['subdomain']}:{port}"
-    assert container["resources"]["limits"]["nvidia.com/gpu"] == 8
+    assert env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1", "ranks must find each other after a restart"
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "8"
     assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
     assert pod["restartPolicy"] == "Never", "a policy for failures of pods allows no other"
     assert "nvidia.com/gpu" not in write(Launch("x", (), Path("x"), ranks=2), "kubernetes")
@@ -277,6 +278,23 @@ def test_the_command_line_prints_what_starts_the_run(tmp_path, capsys, scheduler
     said = capsys.readouterr().out
     assert f"train recipes.tiny --set train.num_steps=9 --folder {folder}" in said
     assert ("--nodes=3" if scheduler == "slurm" else "completions: 3") in said
+
+
+def test_the_command_line_starts_ranks_with_its_own_words(tmp_path, monkeypatch):
+    """The processor is made before, by one process; a rank that a launcher started starts no others."""
+    asked = []
+    monkeypatch.setattr("litchi.train.supervise.supervise", lambda *words: asked.append(words) or 130)
+    monkeypatch.setattr("litchi.cli.make_processor", lambda run, place: asked.append(place.processor))
+    monkeypatch.setattr("litchi.cli.make_checkpoint", lambda run, place: "trained here")
+    monkeypatch.delenv("RANK", raising=False)
+    words = ["train", "recipes.tiny", "--folder", str(tmp_path), "--set", "train.num_steps=9", "--ranks", "2"]
+    assert main([*words, "--restarts", "5"]) == 130
+    processor, (command, folder, plan) = asked
+    assert processor == tmp_path / "processor" and folder == tmp_path / "train"
+    assert command[1:] == ["-m", "litchi.cli", *arguments("recipes.tiny", ["train.num_steps=9"], tmp_path)]
+    assert (plan.ranks, plan.restarts) == (2, 5)
+    monkeypatch.setenv("RANK", "0")
+    assert main(words) == 0 and len(asked) == 2
 
 
 def test_what_cannot_be_is_refused():

@@ -144,7 +144,7 @@ def kubernetes(launch: Launch) -> str:
     """A Service by which pods find each other and an Indexed Job of one pod a machine, for `kubectl apply -f`."""
     name = label(launch.name)
     per_pod = launch.ranks_per_node * launch.cores
-    gpus = f"\n              nvidia.com/gpu: {launch.gpus}" if launch.gpus else ""
+    gpus = f'\n              nvidia.com/gpu: "{launch.gpus}"' if launch.gpus else ""
     arguments = shlex.join(launch.arguments)
     return f"""# {launch.name} on {launch.nodes} machines of {launch.ranks_per_node} ranks: \
 kubectl apply -f THIS_FILE
@@ -200,13 +200,14 @@ spec:
               value: {name}-0.{name}:{PORT}
             - name: OMP_NUM_THREADS
               value: "{launch.cores}"
-            - name: PYTHONUNBUFFERED
+            # Without it ranks that are started again look for each other at the addresses of the dead (torch 2.13).
+            - name: TORCH_DISABLE_SHARE_RDZV_TCP_STORE
               value: "1"
           ports:
             - containerPort: {PORT}
           resources:
             requests:
-              cpu: {per_pod}
+              cpu: "{per_pod}"
               memory: {16 * launch.ranks_per_node}Gi
             limits:
               memory: {32 * launch.ranks_per_node}Gi{gpus}

@@ -310,7 +310,7 @@ def issued() -> dict[str, int]:
     """Collectives that this rank has entered, by the name of the process group."""
     if not dist.is_initialized():
         return {}
-    found = {}
+    found: dict[str, int] = {}
     for group, name in list(dist.distributed_c10d._world.pg_names.items()):
         try:
             found[name] = group._get_sequence_number_for_group()
