@@ -8,10 +8,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from litchi.run import Run
     from litchi.schema.episode import Episode
     from litchi.schema.processor import Processor
-    from litchi.schema.sample import Sample
     from litchi.serve.run import ServeConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,8 +86,22 @@ def data(args: argparse.Namespace) -> int:
 
 
 def train(args: argparse.Namespace) -> int:
-    """Train a recipe on its shards, from where it stands."""
-    print(make_checkpoint(*begin(args)))
+    """Train a recipe on its shards, from where it stands; on several ranks, and again when one of them is lost."""
+    from litchi.train.launch import Launch, adopt_slurm, arguments, write
+    from litchi.train.supervise import Plan, supervise
+
+    adopt_slurm(os.environ)
+    run, place = begin(args)
+    command = arguments(args.recipe, args.settings, place.folder)
+    if args.launch:
+        launch = Launch(run.name, command, place.folder, args.nodes, args.gpus, args.ranks, args.restarts)
+        print(write(launch, args.launch), end="")
+        return 0
+    if args.ranks and "RANK" not in os.environ:
+        make_processor(run, place)
+        plan = Plan(args.ranks, args.restarts)
+        return supervise([sys.executable, "-m", "litchi.cli", *command], place.train, plan)
+    print(make_checkpoint(run, place))
     return 0
 
 
@@ -241,19 +255,23 @@ def make_checkpoint(run: Run, place: Place) -> Path:
     from litchi.data.loader import Loader, open_shelves
     from litchi.train.run import run as train_run
 
-    shelves = open_shelves(place.data, "train")
-    processor = make_processor(run, place, shelves)
+    processor = make_processor(run, place)
     model = replace(run.model, vocab_size=run.model.vocab_size or len(processor.tokenizer))
-    samples = Loader(shelves, run.mixture, run.train.seed).at
+    samples = Loader(open_shelves(place.data, "train"), run.mixture, run.train.seed).at
     return train_run(run.train, model, processor, samples, place.train, to_json(run))
 
 
-def make_processor(run: Run, place: Place, shelves: Mapping[str, Sequence[Sample]], each: int = 2_000) -> Processor:
-    """The processor of a run, fitted on the first samples of each source unless it is there already."""
+def make_processor(run: Run, place: Place, each: int = 2_000) -> Processor:
+    """The processor of a run, fitted on the first samples of each source, by rank 0, unless it is there already."""
+    from litchi.data.loader import open_shelves
     from litchi.model.weights import load_processor, save_processor
     from litchi.train.fit import fit_processor
+    from litchi.train.watch import await_path
 
+    if int(os.environ.get("RANK", "0")):
+        await_path(place.processor)
     if not place.processor.exists():
+        shelves = open_shelves(place.data, "train")
         first = (shelf[i] for shelf in shelves.values() for i in range(min(each, len(shelf))))
         draft = place.processor.with_name("processor.writing")
         if draft.exists():
@@ -483,6 +501,12 @@ def parser() -> argparse.ArgumentParser:
         words = "module of recipes, or module:function"
         sub.add_argument("recipe", nargs="?" if recipe else None, default=recipe, help=words)
         sub.add_argument("--folder", type=Path, help="where the run keeps its files (default runs/NAME)")
+        if name == "train":
+            sub.add_argument("--ranks", type=int, default=0, help="processes on this machine, or on each with --launch")
+            sub.add_argument("--restarts", type=int, default=3, help="in a row that bring no new step (default 3)")
+            sub.add_argument("--launch", choices=("slurm", "kubernetes"), help="print what starts the run there")
+            sub.add_argument("--nodes", type=int, default=1, help="machines, with --launch")
+            sub.add_argument("--gpus", type=int, default=0, help="of each machine, with --launch; none is CPUs")
         if name == "eval":
             sub.add_argument("--checkpoint", help="a folder, or the name of a shipped checkpoint")
             sub.add_argument("--json", action="store_true", help="print the board as JSON")

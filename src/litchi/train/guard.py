@@ -1,0 +1,142 @@
+"""Whether a step is sound is judged before the optimizer takes it, from numbers that all ranks have alike.
+
+A loss is a spike when its logarithm lies far above the running median, in units of the running spread; both are robust,
+so that a few bad steps do not make the next bad one look usual. What is judged enters the history only if it is sound.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from litchi.config import BadInput
+from litchi.record import append, drop_torn_line, read, replace_text
+
+ANOMALIES = "anomalies.jsonl"
+NORM = "gradient norm"
+LEAST = 0.01
+"""Losses below this are as good as this one: what is nearly learned jumps by large factors and means nothing by it."""
+
+
+@dataclass(frozen=True, slots=True)
+class GuardConfig:
+    """What is done with a step whose loss or gradient is not finite, or spikes."""
+
+    policy: Literal["off", "skip", "stop"] = "skip"
+    """With "skip" the step's gradient is dropped and the run goes on, with "stop" it ends; the step can be replayed."""
+    warmup: int = 100
+    """Sound steps before a spike can be told from what is usual; what is not finite is caught from the first."""
+    window: int = 200
+    """Sound steps that are remembered."""
+    deviations: float = 8.0
+    """Spreads (1.4826 times the median absolute deviation) above the median at which a value is a spike."""
+    least_spread: float = 0.1
+    """The smallest spread of a logarithm: eight of them are a factor of 2.2."""
+    max_skipped: int = 10
+    """Steps in a row that may be skipped; more mean that the run, not the batch, is at fault."""
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """What is usual: logarithms of the last sound values, by name. A checkpoint keeps it (`to_json`, `from_json`), so
+    that a continuation judges alike."""
+
+    values: dict[str, list[float]] = field(default_factory=dict)
+    skipped: int = 0
+    """Steps skipped since the last sound one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """`reason` is empty for a sound step."""
+
+    reason: str
+    history: History
+
+    @property
+    def sound(self) -> bool:
+        return not self.reason
+
+
+def judge(config: GuardConfig, history: History, losses: Mapping[str, float], gradient_norm: float) -> Judgement:
+    """Judge a step by its mean loss of each modality and the norm of its gradient before clipping.
+
+    All are global figures, the same on all ranks, and so is the answer. Pure; whether a step that is not sound is
+    skipped or ends the run is what `check` says.
+    """
+    if config.policy == "off":
+        return Judgement("", history)
+    values = {f"loss/{name}": value for name, value in losses.items()} | {NORM: gradient_norm}
+    found = (fault(config, history.values.get(name, []), name, value) for name, value in values.items())
+    reason = "; ".join(filter(None, found))
+    if reason:
+        return Judgement(reason, replace(history, skipped=history.skipped + 1))
+    kept = dict(history.values)
+    for name, value in values.items():
+        kept[name] = [*kept.get(name, []), level(value)][-config.window :]
+    return Judgement("", History(kept))
+
+
+def fault(config: GuardConfig, usual: list[float], name: str, value: float) -> str:
+    """What is wrong with one value; empty if nothing is."""
+    if not math.isfinite(value):
+        return f"{name} is {value}"
+    if len(usual) < config.warmup:
+        return ""
+    middle = statistics.median(usual)
+    spread = max(config.least_spread, 1.4826 * statistics.median(abs(x - middle) for x in usual))
+    deviations = (level(value) - middle) / spread
+    if deviations <= config.deviations:
+        return ""
+    return f"{name} {value:.4g} is {deviations:.0f} spreads above its usual {math.exp(middle):.4g}"
+
+
+def level(value: float) -> float:
+    return math.log(max(value, LEAST))
+
+
+def check(config: GuardConfig, judgement: Judgement, step: int) -> None:
+    """Raises BadInput where a step that is not sound must end the run. Keep the step in the `Ledger` first."""
+    if judgement.sound:
+        return
+    replay = f"replay it with `litchi train RECIPE --replay {step}`"
+    if config.policy == "stop":
+        raise BadInput(f"step {step}: {judgement.reason}: {replay}, or set train.guard.policy=skip")
+    if judgement.history.skipped > config.max_skipped:
+        raise BadInput(
+            f"step {step}: {judgement.reason}, and {judgement.history.skipped - 1} steps before it were skipped: "
+            f"{replay}; lower the learning rate, or set train.guard.policy=off if the data has changed"
+        )
+
+
+class Ledger:
+    """Steps that were not sound, in `folder`/anomalies.jsonl. A batch is a pure function of the run and its step, so
+    that the number is all that a replay needs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / ANOMALIES
+        folder.mkdir(parents=True, exist_ok=True)
+        drop_torn_line(self.path)
+
+    def write(self, step: int, judgement: Judgement, losses: Mapping[str, float], gradient_norm: float) -> None:
+        figures = {name: spelled(value) for name, value in {**losses, "gradient_norm": gradient_norm}.items()}
+        append(self.path, (json.dumps({"step": step, "reason": judgement.reason, **figures}) + "\n").encode())
+
+    def rewind(self, step: int) -> None:
+        """Drop the rows of `step` and later: a run that goes on from there meets them again."""
+        kept = [row for row in self.rows() if row["step"] < step]
+        if self.path.exists():
+            replace_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def rows(self) -> list[dict[str, Any]]:
+        return read(self.path)
+
+
+def spelled(value: float) -> float | str:
+    """JSON has no word for what is not finite."""
+    return value if math.isfinite(value) else str(value)

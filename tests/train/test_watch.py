@@ -1,0 +1,290 @@
+"""Whoever does not stand where the others stand is to blame; and a rank knows where it stands."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from litchi.config import BadInput
+from litchi.parallel.crew import Crew
+from litchi.parallel.mesh import Layout, World, join
+from litchi.train.blame import HUNG, Standing, blame, read_standings, standing_path, straggling
+from litchi.train.watch import Shares, Watch, WatchConfig, agreed, await_path, locate, outwards
+from tests.house.sources import ROOT
+
+CODE, TREE = "src/litchi/model/network.py:50 in forward", "src/litchi/parallel/collectives.py:9 in total"
+
+
+def stands(rank: int, line: str = TREE, collective: str = "all_reduce", **more) -> Standing:
+    return replace(
+        Standing(rank, host=f"host{rank}", pid=100 + rank, step=41, phase="train", since=1000.0, at=1065.0),
+        line=line,
+        collective=collective,
+        **more,
+    )
+
+
+def named(*standings: Standing, size: int = 0, ends: dict[int, int] | None = None) -> tuple[tuple[int, ...], str]:
+    found = blame({s.rank: s for s in standings}, size or len(standings), ends or {}, silent=30.0)
+    return found.ranks, found.line
+
+
+# ---- blame --------------------------------------------------------------------------------------------------------
+
+
+def test_who_is_in_no_collective_keeps_the_others_waiting() -> None:
+    ranks, line = named(stands(0), stands(1), stands(2, CODE, ""), stands(3))
+    assert ranks == (2,)
+    assert line == (
+        f"rank 2 (host2, process 102) hangs in step 42 at {CODE}, for 65 s; ranks 0, 1, 3 wait in all_reduce at {TREE}"
+    )
+
+
+def test_who_has_ended_early_keeps_the_others_waiting() -> None:
+    ranks, line = named(stands(0), stands(1, "", "", phase="done"))
+    assert ranks == (1,) and "rank 1 (host1, process 101) has ended after step 41 (done)" in line
+
+
+def test_who_is_silent_is_to_blame_wherever_it_was_seen() -> None:
+    ranks, line = named(stands(0), stands(1, at=1005.0, step=40), stands(2, CODE, ""))
+    assert ranks == (1,) and "has been silent for 60 s in step 42" in line and "last seen in step 41 in all_red" in line
+
+
+def test_who_never_began_is_to_blame() -> None:
+    assert named(stands(0), stands(2), size=3) == ((1,), "rank 1 did not begin: no word from it")
+
+
+def test_who_waits_elsewhere_than_most_has_skipped_a_collective() -> None:
+    ranks, line = named(stands(0), stands(1, TREE, "all_gather"), stands(2))
+    assert ranks == (1,) and "in all_gather" in line and "ranks 0, 2 wait in all_reduce" in line
+
+
+def test_of_two_ranks_that_wait_in_different_places_none_is_accused() -> None:
+    ranks, line = named(stands(0), stands(1, TREE, "all_gather"))
+    assert ranks == () and "none is in the majority" in line and "host0" in line and "host1" in line
+
+
+def test_where_all_wait_alike_the_wire_is_named() -> None:
+    ranks, line = named(stands(0), stands(1))
+    assert ranks == () and line.endswith("look at what connects host0, host1")
+
+
+def test_counts_tell_where_lines_do_not() -> None:
+    """On a GPU all main threads wait for their device. Here 0 and 1 wait for 2 and 3 along one axis, and 2 for 3."""
+    wait = "src/litchi/train/step.py:58 in train_step"
+    ranks, _ = named(
+        stands(0, wait, "", issued={"world": 9, "tensor0": 4}),
+        stands(1, wait, "", issued={"world": 9, "tensor0": 4}),
+        stands(2, wait, "", issued={"world": 8, "tensor1": 4}),
+        stands(3, wait, "", issued={"world": 8, "tensor1": 3}),
+    )
+    assert ranks == (3,)
+
+
+def test_a_signal_is_to_blame_before_those_who_fail_of_it() -> None:
+    broken = "RuntimeError: Connection closed by peer"
+    ranks, line = named(
+        stands(0, failure=broken), stands(1, CODE, "", step=40), stands(2, failure=broken), ends={0: 1, 1: -9, 2: 1}
+    )
+    assert ranks == (1,) and "was killed by SIGKILL" in line and "in step 42; last seen in step 41" in line
+
+
+def test_who_fails_by_itself_is_to_blame_before_those_who_fail_of_it() -> None:
+    ranks, line = named(
+        stands(0, failure="RuntimeError: Connection closed by peer", at=1064.0),
+        stands(1, CODE, "", failure="ValueError: torn"),
+        ends={0: 1, 1: 1},
+    )
+    assert ranks == (1,) and line.endswith(f"failed in step 42 at {CODE}, 65 s into it: ValueError: torn")
+
+
+def test_who_gave_up_waiting_is_not_to_blame() -> None:
+    assert named(stands(0), stands(1, CODE, ""), stands(2), ends={0: HUNG, 2: HUNG})[0] == (1,)
+
+
+def test_a_slow_rank_is_slow_against_the_others() -> None:
+    standings = {rank: stands(rank, own=own) for rank, own in enumerate([0.1, 0.1, 0.4, 0.1])}
+    found = straggling(standings, 1.5)
+    assert found.slow == (2,) and found.slowest == 2 and found.ratio == pytest.approx(0.4 / 0.175)
+    assert found.line == "rank 2 (host2, process 102) is slow: 0.4 s of work a step, 4.0 times the others"
+    assert straggling(standings, 5.0).slow == ()
+    assert straggling({0: stands(0, own=0.4)}, 1.5).ratio == 1.0
+
+
+def test_a_torn_or_missing_standing_is_no_standing(tmp_path: Path) -> None:
+    standing_path(tmp_path, 0).write_text('{"rank": 0, "ho')
+    assert read_standings(tmp_path, 2) == {}
+
+
+# ---- watch --------------------------------------------------------------------------------------------------------
+
+
+def test_a_rank_writes_where_it_stands(tmp_path: Path) -> None:
+    class Layer(nn.Module):
+        def forward(self) -> tuple[str, str]:
+            return watch.module(), watch.located()[0]
+
+    model = nn.Sequential(Layer())
+    with Watch(World(), tmp_path, WatchConfig(sample=0.001, beat=0.001), model) as watch:
+        watch.step(7)
+        module, line = model[0]()
+        assert module == "0" and line == f"src/litchi/train/watch.py:{line.split(':')[1].split()[0]} in located"
+        with watch.during("save"):
+            until = time.monotonic() + 10
+            while (saving := here(tmp_path)).phase != "save" and time.monotonic() < until:
+                pass
+            assert watch.limit() == 1800.0
+    assert saving.step == 7 and saving.line.startswith(("tests/train/test_watch.py:", "src/litchi/"))
+    assert here(tmp_path).phase == "done" and not watch.thread.is_alive()
+
+
+def here(folder: Path) -> Standing:
+    return read_standings(folder / "ranks", 1)[0]
+
+
+def test_what_ends_a_rank_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError), Watch(World(), tmp_path):
+        raise ValueError("torn\nin two")
+    assert here(tmp_path).failure == "ValueError: torn in two" and "test_watch.py" in here(tmp_path).line
+    with pytest.raises(KeyboardInterrupt), Watch(World(), tmp_path):
+        raise KeyboardInterrupt
+    assert here(tmp_path).failure == "" and here(tmp_path).phase == "done"
+
+
+def test_patience_ends_once_steps_have_a_length(tmp_path: Path) -> None:
+    watch = Watch(World(), tmp_path)
+    for step in range(4):
+        assert watch.limit() == 1800.0
+        watch.step(step)
+    assert watch.limit() == 60.0
+    watch.times.extend([10.0] * 9)
+    assert watch.limit() == 200.0
+    strict = Watch(World(), tmp_path, WatchConfig(hang_after=5.0))
+    strict.now = "train"
+    strict.times.extend([10.0] * 9)
+    assert strict.limit() == 5.0
+
+
+def test_own_time_is_what_is_not_waited() -> None:
+    shares = Shares()
+    for _ in range(40):
+        shares.sample(True)
+        shares.sample(True)
+        shares.sample(False)
+        shares.step(0.3)
+    assert shares.own == pytest.approx(0.1, rel=0.1)
+
+
+def test_a_rank_alone_ends_itself_with_a_report(tmp_path: Path) -> None:
+    """Without a supervisor it says itself what is wrong, and leaves what every thread was doing."""
+    code = (
+        "import sys, time; from pathlib import Path\n"
+        "from litchi.parallel.mesh import World; from litchi.train.watch import Watch, WatchConfig\n"
+        "config = WatchConfig(hang_after=0.1, sample=0.01, grace=0.0)\n"
+        "with Watch(World(), Path(sys.argv[1]), config) as watch:\n"
+        "    for step in range(5): watch.step(step)\n"
+        "    time.sleep(60)\n"
+    )
+    answer = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert answer.returncode == HUNG
+    assert answer.stderr.startswith("litchi: ") and "in step 5" in answer.stderr, answer.stderr
+    assert "Thread" in (tmp_path / "ranks" / "rank_00000.trace").read_text()
+
+
+# ---- collectives --------------------------------------------------------------------------------------------------
+
+
+def late(kind: str) -> tuple[str, str]:
+    """What rank 0 is seen to wait in while rank 1 comes late."""
+    world = join(Layout(), torch.device("cpu"))
+    dist.barrier()
+    seen: list[tuple[str, str]] = []
+    if world.rank == 0:
+        main = threading.get_ident()
+
+        def look() -> None:
+            until = time.monotonic() + 20
+            time.sleep(0.1)  # until what is only begun has been begun
+            while not seen and time.monotonic() < until:
+                if (found := locate(outwards(sys._current_frames().get(main))))[1]:
+                    seen.append(found)
+
+        thread = threading.Thread(target=look)
+        thread.start()
+        collective(kind)
+        thread.join()
+        return seen[0]
+    time.sleep(0.3)
+    collective(kind)
+    return ("", "")
+
+
+def collective(kind: str) -> None:
+    x = torch.ones(4)
+    match kind:
+        case "wait":
+            work = dist.all_reduce(x, async_op=True)
+            assert work is not None
+            work.wait()
+        case "all_gather_object":
+            dist.all_gather_object([None, None], kind)
+        case "all_reduce":
+            dist.all_reduce(x)
+        case "barrier":
+            dist.barrier()
+
+
+@pytest.fixture(scope="module")
+def pair():
+    with Crew(2) as crew:
+        yield crew
+
+
+@pytest.mark.parametrize("kind", ["all_reduce", "barrier", "wait", "all_gather_object"])
+def test_a_collective_is_seen_by_the_name_it_was_called_by(pair: Crew, kind: str) -> None:
+    line, seen = pair.run(late, kind)[0]
+    assert seen == kind and line.startswith("tests/train/test_watch.py:") and line.endswith("in collective")
+
+
+def stop_at(folder: str) -> tuple[int, float]:
+    """Rank 1 is asked at step 3; where each rank stops, and what rank 0 says of its metrics."""
+    world = join(Layout(), torch.device("cpu"))
+    row: dict[str, float] = {}
+    with Watch(world, Path(folder), WatchConfig(sample=0.002, beat=0.02)) as watch:
+        for step in range(400):
+            time.sleep(0.02 if world.rank == 1 else 0.001)
+            watch.step(step)
+            row = watch.row()
+            if agreed(world.rank == 1 and step >= 30 or step > 300, world):
+                break
+    return step, row.get("straggling", 0.0)
+
+
+def test_all_stop_at_one_step_and_the_straggler_shows(pair: Crew, tmp_path: Path) -> None:
+    (first, ratio), (second, _) = pair.run(stop_at, str(tmp_path))
+    assert first == second == 30
+    assert 1.5 < ratio <= 2.0, "rank 1 works nearly all of the time, rank 0 nearly none"
+
+
+def test_what_rank_0_makes_is_awaited(tmp_path: Path) -> None:
+    path = tmp_path / "processor"
+    threading.Timer(0.05, path.mkdir).start()
+    await_path(path, patience=20.0)
+    with pytest.raises(BadInput, match="is the folder shared by all machines"):
+        await_path(tmp_path / "never", patience=0.0)
+
+
+def test_standings_are_plain_json(tmp_path: Path) -> None:
+    with Watch(World(), tmp_path):
+        pass
+    assert json.loads(standing_path(tmp_path / "ranks", 0).read_text())["rank"] == 0

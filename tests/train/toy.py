@@ -1,0 +1,123 @@
+"""A training loop of a few lines on gloo, on whose ranks a test may play a trick: what supervisors are tried on.
+
+    python -m tests.train.toy FOLDER
+
+The sums of the ranks are exact, so that whoever restarts it, it ends with the same weights.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from litchi.parallel.mesh import World, started_by_launcher
+from litchi.train.launch import adopt_slurm
+from litchi.train.watch import Watch, WatchConfig, agreed
+
+STEPS = 8
+CONFIG = WatchConfig(hang_after=1.2, patience=30.0, beat=0.1, sample=0.01, grace=0.3)
+
+
+def train(folder: Path, trick: str = "", steps: int = STEPS, config: WatchConfig = CONFIG) -> None:
+    """`trick` is "RANK KIND STEP": at that step that rank does what KIND says, in the first attempt only."""
+    asked: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: asked.append(number))
+    if started_by_launcher():
+        dist.init_process_group("gloo")
+    world = World(rank=int(os.environ.get("RANK", "0")), size=int(os.environ.get("WORLD_SIZE", "1")))
+    step, weights = restore(folder)
+    with Watch(world, folder, config) as watch:
+        while step < steps:
+            if not play(trick, world.rank, step + 1):
+                weights += gradient(world, step)
+            step += 1
+            if world.size > 1:
+                dist.barrier()
+            watch.step(step)
+            stop = agreed(bool(asked), world)
+            if world.rank == 0 and (step % 2 == 0 or stop):
+                with watch.during("save"):
+                    save(folder, step, weights)
+            if stop:
+                os._exit(130)
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def gradient(world: World, step: int) -> torch.Tensor:
+    part = torch.full((4,), float((step + 1) * (world.rank + 1)))
+    if world.size > 1:
+        dist.all_reduce(part)
+    return part
+
+
+def expected(size: int, steps: int = STEPS) -> list[float]:
+    """The weights of a run that nobody disturbed."""
+    return [float(sum(range(steps + 1)) * sum(range(size + 1)))] * 4
+
+
+def play(trick: str, rank: int, step: int) -> bool:
+    """Do what a trick says, if it is this rank's turn; whether this step has no gradient then."""
+    who, kind, when = trick.split() if trick else ("-1", "", "0")
+    repeats = kind.startswith("always-")
+    if rank != int(who) or (os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and not repeats):
+        return False
+    if kind == "slow" and step >= int(when):
+        work(0.1)
+        return False
+    if step != int(when):
+        return False
+    match kind.removeprefix("always-"):
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        case "raise":
+            raise ValueError("a tile is torn")
+        case "sleep":
+            read_from_a_dead_disk()
+        case "hold":
+            ctypes.PyDLL(None).sleep(60)  # in C, and the interpreter stays locked
+        case "refuse":
+            os._exit(2)
+        case "skip":
+            return True
+    return False
+
+
+def read_from_a_dead_disk() -> None:
+    time.sleep(60)
+
+
+def work(seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        time.sleep(0.001)
+
+
+def save(folder: Path, step: int, weights: torch.Tensor) -> None:
+    draft = folder / "toy.writing"
+    draft.write_text(" ".join(map(str, [step, *weights.tolist()])))
+    os.replace(draft, folder / "toy.txt")
+
+
+def restore(folder: Path) -> tuple[int, torch.Tensor]:
+    path = folder / "toy.txt"
+    if not path.exists():
+        return 0, torch.zeros(4)
+    step, *weights = path.read_text().split()
+    return int(step), torch.tensor([float(w) for w in weights])
+
+
+if __name__ == "__main__":
+    adopt_slurm(os.environ)
+    train(Path(sys.argv[1]), os.environ.get("TRICK", ""))
