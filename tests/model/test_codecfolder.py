@@ -38,7 +38,9 @@ from tests.model.table import record
 REAL = Path(__file__).parents[3] / "shared" / "weights" / "taef2"
 
 FLUX = KLConfig(channels=4, widths=(4, 8), num_blocks=1, groups=2, shift=(0.1159,), scale=(0.3611,))
+SD3 = replace(FLUX, shift=(0.0609,), scale=(1.5305,))
 SDXL = replace(FLUX, mixed=True, shift=(0.0,), scale=(0.13025,))
+SD15 = replace(SDXL, scale=(0.18215,))
 WAN = WanConfig(4, 4, (1, 2), 1, (True,), (0.1, -0.2, 0.3, 0.0), (1.0, 2.0, 0.5, 1.5))
 TAESD = TinyConfig(4, 8)
 DIFFUSERS = "diffusion_pytorch_model.safetensors"
@@ -47,7 +49,9 @@ DIFFUSERS = "diffusion_pytorch_model.safetensors"
 @pytest.fixture(autouse=True)
 def small(monkeypatch) -> None:
     """The published autoencoders have hundreds of megabytes; these have the same parts."""
-    for name, config in (("flux", FLUX), ("sd3", FLUX), ("sdxl", SDXL), ("wan21", WAN)):
+    ours = {"flux": FLUX, "sd3": SD3, "sdxl": SDXL, "sd15": SD15, "wan21": WAN}
+    assert ours.keys() == latent.KNOWN.keys()
+    for name, config in ours.items():
         monkeypatch.setitem(latent.KNOWN, name, config)
 
 
@@ -79,11 +83,13 @@ def same(found: dict[str, Tensor], told: dict[str, Tensor]) -> bool:
     "name, label, config, options",
     [
         ("ae.safetensors", "FLUX.1's `ae.safetensors`", FLUX, ()),
-        ("vae.safetensors", "SDXL's, SD 1.5's and SD3's, one file", SDXL, ("--as", "sdxl")),
+        ("sdxl_vae.safetensors", "an SDXL's, one file", SDXL, ("--as", "sdxl")),
+        ("vae.safetensors", "an SD 1.5's, one file", SD15, ("--as", "sd15")),
+        ("vae.safetensors", "an SD3's, one file", SD3, ("--as", "sd3")),
         ("Wan2.1_VAE.pth", "Wan 2.1's `Wan2.1_VAE.pth`", WAN, ()),
         ("taesd.safetensors", "a TAESD's, one file", TAESD, ()),
     ],
-    ids=["FLUX", "SDXL", "Wan", "TAESD"],
+    ids=["FLUX", "SDXL", "SD15", "SD3", "Wan", "TAESD"],
 )
 def test_one_file_goes_both_ways(
     name: str, label: str, config: AutoencoderConfig, options: tuple[str, ...], tmp_path: Path
@@ -180,7 +186,7 @@ def test_a_file_that_does_not_say_what_it_is_asks(tmp_path: Path, capsys) -> Non
     save_file(tensors_of(FLUX, "original", torch.float32), tmp_path / "x.safetensors")
     assert "add --as, one of flux, sd3" in refusal(capsys, tmp_path / "x.safetensors", tmp_path / "ours")
     assert "did you mean 'flux'" in refusal(capsys, tmp_path / "x.safetensors", tmp_path / "ours", "--as", "flax")
-    assert "has no tensor" in refusal(capsys, tmp_path / "x.safetensors", tmp_path / "ours", "--as", "wan21")
+    assert "asks for [4, 3, 3, 3, 3]" in refusal(capsys, tmp_path / "x.safetensors", tmp_path / "ours", "--as", "wan21")
     save_file({"model.norm.weight": torch.zeros(3)}, tmp_path / "llm.safetensors")
     assert "--as says which autoencoder" in refusal(
         capsys, tmp_path / "llm.safetensors", tmp_path / "o", "--as", "flux"
@@ -193,7 +199,7 @@ FAULTS = {
     "shape": "its configuration asks for",
     "NaN": "NaN",
     "over": "nothing reads, such as 'encoder.odd'",
-    "wide": "save it as float32, float16 or bfloat16",
+    "wide": "save it as float32, float16, bfloat16",
     "cut": "lies at bytes",
 }
 
@@ -240,6 +246,7 @@ def test_a_codec_folder_writes_nowhere_else(stem: str) -> None:
 def test_a_half_or_a_folder_of_another_class_is_refused(tmp_path: Path, capsys) -> None:
     save_file({"0.weight": torch.zeros(3)}, tmp_path / "own_encoder.safetensors")
     assert "one half of an autoencoder" in refusal(capsys, tmp_path / "own_encoder.safetensors", tmp_path / "o")
+    assert "nor NAME_decoder.pth" in refusal(capsys, tmp_path, tmp_path / "o")
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "config.json").write_text(json.dumps({"_class_name": "VQModel"}))
     assert "class 'VQModel' cannot be read" in refusal(capsys, tmp_path / "vae", tmp_path / "o")

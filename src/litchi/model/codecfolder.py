@@ -109,7 +109,8 @@ def holds_autoencoder(source: Path) -> bool:
     if source.is_dir():
         if (source / "config.json").is_file():
             return "_class_name" in read_json(source / "config.json")
-        return all(any(source.glob(f"*_{half}.{kind}") for kind in ("pth", "safetensors")) for half in HALVES)
+        kinds = [f"*_{half}.{kind}" for half in HALVES for kind in ("pth", "safetensors")]
+        return any(path.is_file() for kind in kinds for path in source.glob(kind))
     for half in HALVES:
         if source.stem.endswith(f"_{half}"):
             raise BadInput(f"{source} is one half of an autoencoder: name the folder that holds both")

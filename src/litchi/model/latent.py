@@ -254,11 +254,15 @@ def naming_of(config: AutoencoderConfig, names: Iterable[str]) -> Naming:
 
 def widest(tensors: Mapping[str, Tensor], source: Path) -> Stored:
     """The narrowest type that holds all tensors exactly."""
+    names: dict[torch.dtype, Stored] = {
+        torch.float32: "float32",
+        torch.float16: "float16",
+        torch.bfloat16: "bfloat16",
+    }
     kinds = {tensor.dtype for tensor in tensors.values()}
-    for kind in kinds - {torch.float32, torch.float16, torch.bfloat16}:
-        raise BadInput(f"{source} holds weights of type {kind}: save it as float32, float16 or bfloat16 first")
-    found = kinds.pop() if len(kinds) == 1 else torch.float32
-    return {torch.float16: "float16", torch.bfloat16: "bfloat16"}.get(found, "float32")
+    for kind in kinds - names.keys():
+        raise BadInput(f"{source} holds weights of type {kind}: save it as {', '.join(names.values())} first")
+    return names[kinds.pop()] if len(kinds) == 1 else "float32"
 
 
 def weights_in(folder: Path) -> Path:
