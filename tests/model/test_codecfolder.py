@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from litchi.cli import main
-from litchi.config import BadInput, from_json
+from litchi.config import BadInput, from_json, to_json
 from litchi.model import latent
 from litchi.model.autoencoder import KLConfig
 from litchi.model.codecfolder import CodecFolder, load_codec
@@ -159,6 +159,7 @@ def test_a_processor_is_fitted_around_a_codec_folder(tmp_path: Path) -> None:
     assert convert(tmp_path / "ae.safetensors", tmp_path / "ours") == 0
     sample = Sample((Text(text="a red ball"), Image(pixels=picture(8, 16), role=Role.USER)), "k", "s")
     config = FitConfig(codec=CodecFolder(tmp_path / "ours", pack=2), vocab_size=300)
+    assert from_json(FitConfig, to_json(config)) == config
     processor = fit_processor(config, [sample], seed=0)
     save_processor(tmp_path / "kept", processor)
     again = load_processor(tmp_path / "kept").codec
@@ -250,4 +251,6 @@ def test_a_half_or_a_folder_of_another_class_is_refused(tmp_path: Path, capsys) 
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "config.json").write_text(json.dumps({"_class_name": "VQModel"}))
     assert "class 'VQModel' cannot be read" in refusal(capsys, tmp_path / "vae", tmp_path / "o")
+    (tmp_path / "model_index.json").write_text("{}")
+    assert "name one part of it, such as" in refusal(capsys, tmp_path, tmp_path / "o")
     assert "leave out --as flux" in refusal(capsys, tmp_path / "vae", tmp_path / "o", "--as", "flux")

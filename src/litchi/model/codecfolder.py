@@ -107,13 +107,12 @@ def holds_autoencoder(source: Path) -> bool:
     Raises BadInput for a file that cannot be read, and for one half alone.
     """
     if source.is_dir():
+        if (source / "model_index.json").is_file():
+            raise BadInput(f"{source} is a whole pipeline of diffusers: name one part of it, such as {source / 'vae'}")
         if (source / "config.json").is_file():
             return "_class_name" in read_json(source / "config.json")
         kinds = [f"*_{half}.{kind}" for half in HALVES for kind in ("pth", "safetensors")]
         return any(path.is_file() for kind in kinds for path in source.glob(kind))
-    for half in HALVES:
-        if source.stem.endswith(f"_{half}"):
-            raise BadInput(f"{source} is one half of an autoencoder: name the folder that holds both")
     start = first_bytes(source)[:4]
     if start == b"GGUF":
         return False
@@ -122,4 +121,7 @@ def holds_autoencoder(source: Path) -> bool:
     else:
         with open_tensors(source) as file:
             names = list(file.entries)
-    return any(name.partition(".")[0] in HALVES for name in names)
+    first = {name.partition(".")[0] for name in names}
+    if source.stem.endswith(tuple(f"_{half}" for half in HALVES)) and all(part.isdecimal() for part in first):
+        raise BadInput(f"{source} is one half of an autoencoder: name the folder that holds both")
+    return not first.isdisjoint(HALVES)
