@@ -148,7 +148,7 @@ def serve(args: argparse.Namespace) -> int:
 
     checkpoint = find_checkpoint(args.checkpoint)
     config, sampler = serve_config(checkpoint, args.settings), load_sampler(checkpoint)
-    if sampler.processor.codec is None:
+    if not sampler.processor.draws:
         config = replace(config, abilities=("see",) if sampler.processor.sees else (), side=0)
     serve_run(config, sampler, lambda env, seed: Room(env))
     return 0
@@ -157,7 +157,7 @@ def serve(args: argparse.Namespace) -> int:
 def chat(args: argparse.Namespace) -> int:
     """Talk with a checkpoint in the terminal; one that sees is shown a picture first."""
     sampler = load_sampler(args.checkpoint)
-    sees, own = sampler.processor.sees, sampler.processor.codec is None
+    sees, own = sampler.processor.sees, not sampler.processor.draws
     parts: list[Part] = [first_picture(args, own=own)] if sees else []
     print(f"{'Ask about the picture' if sees else 'Say something'}; an empty line ends.")
     while question := ask("you> "):
@@ -177,20 +177,31 @@ def chat(args: argparse.Namespace) -> int:
 def convert(args: argparse.Namespace) -> int:
     """Write a model in another form: what others trained as a checkpoint, a checkpoint for Hugging Face or as one.
 
-    A checkpoint written as a checkpoint keeps nothing that only resuming needs.
+    A checkpoint written as a checkpoint keeps nothing that only resuming needs. An autoencoder becomes a codec folder,
+    and goes back as it came, in the type that it came in.
     """
     import torch
 
     from litchi.model.adopt import adopt, give_back
+    from litchi.model.codecfolder import adopt_codec, family_of, give_back_codec, holds_autoencoder, is_codec
     from litchi.model.weights import ORIGINAL, load, save
 
     dtype = getattr(torch, args.dtype)
     source, target = Path(args.source), args.destination
     if target.exists() and not (target / "meta.json").is_file() and (target.is_file() or any(target.iterdir())):
         raise BadInput(f"{target} is there already and is no checkpoint: name a new folder")
-    if args.to == "huggingface":
+    others = source.is_file() or (source.is_dir() and not (source / "meta.json").is_file())
+    coder = others and args.to == "litchi" and holds_autoencoder(source)
+    if args.known and not coder:
+        raise BadInput(f"--as says which autoencoder a file holds; {source} is none that could be read so")
+    if args.to == "huggingface" and is_codec(source):
+        print(f"{target}: written as it came, {give_back_codec(source, target)}")
+    elif args.to == "huggingface":
         print(f"{target}: written for transformers as {give_back(find_checkpoint(args.source), target, dtype=dtype)}")
-    elif source.is_file() or (source.is_dir() and not (source / "meta.json").is_file()):
+    elif coder:
+        codec = adopt_codec(source, target, known=args.known)
+        print(f"{target}: read as {family_of(codec)}, {codec.patch}x{codec.patch} pixels are {codec.channels} values")
+    elif others:
         foreign = adopt(source, target, dtype=dtype)
         print(f"{target}: read as {foreign.family}")
     else:
@@ -200,7 +211,7 @@ def convert(args: argparse.Namespace) -> int:
         run, original = (path.read_text(encoding="utf-8") if path.is_file() else "" for path in texts)
         save(target, loaded.model, loaded.processor, meta=kept, run=run, original=original, dtype=dtype)
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
-    print(f"{target}: {size / 1e6:.2f} MB in {args.dtype}")
+    print(f"{target}: {size / 1e6:.2f} MB{'' if coder or is_codec(source) else f' in {args.dtype}'}")
     return 0
 
 
@@ -524,10 +535,13 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--seed", type=int, default=0, help="which unseen room")
     sub = verb("convert", convert, settings=False)
     sub.add_argument(
-        "source", help="a checkpoint, or a folder of Hugging Face, Megatron-core, DeepSpeed or FSDP, or GGUF"
+        "source",
+        help="a checkpoint, a folder of Hugging Face, Megatron-core, DeepSpeed or FSDP, GGUF, or an autoencoder",
     )
     sub.add_argument("destination", type=Path, help="the folder to write")
-    sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of a network's weights")
+    words = "which autoencoder a file holds that does not say so: flux, sd3, sdxl, sd15 or wan21"
+    sub.add_argument("--as", dest="known", default="", metavar="NAME", help=words)
     sub.add_argument("--to", choices=("litchi", "huggingface"), default="litchi", help="the form to write")
     sub = verb("plan", plan, settings=False)
     sub.add_argument("preset", help="a well-known model, such as yi-34b")

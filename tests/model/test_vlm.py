@@ -14,9 +14,11 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from litchi.config import BadInput
 from litchi.model.adopt import adopt, give_back
-from litchi.model.families import parameters
+from litchi.model.convert import load_foreign
+from litchi.model.families import Stacked, parameters
 from litchi.model.generate import Generator
 from litchi.model.presets import preset
+from litchi.model.tensorfile import open_tensors
 from litchi.model.vlm import read_config, spellings
 from litchi.model.weights import load
 from litchi.schema.request import Request, SamplingParams
@@ -42,6 +44,10 @@ QWEN_EYE |= {"out_hidden_size": 48, "num_position_embeddings": 49, "deepstack_vi
 QWEN_TEXT = TEXT | {"model_type": "qwen3_vl_text", "head_dim": 16}
 QWEN_TEXT |= {"rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [4, 2, 2]}}
 
+QWEN_EXPERTS = QWEN_TEXT | {"model_type": "qwen3_vl_moe_text", "moe_intermediate_size": 20, "num_experts": 6}
+QWEN_EXPERTS |= {"num_experts_per_tok": 2}
+QWEN_SEES = {"vision_config": QWEN_EYE, "vision_start_token_id": 31, "vision_end_token_id": 32}
+
 MODELS = {
     "LLaVA-1.5": ("Llava", {"vision_config": CLIP}),
     "LLaVA with SigLIP": (
@@ -51,7 +57,8 @@ MODELS = {
     "LLaVA-NeXT": ("LlavaNext", {"vision_config": CLIP, "image_grid_pinpoints": SHAPES}),
     "SmolVLM": ("SmolVLM", {"vision_config": VISION, "scale_factor": 2}),
     "Idefics3": ("Idefics3", {"vision_config": VISION, "scale_factor": 3}),
-    "Qwen3-VL": ("Qwen3VL", {"vision_config": QWEN_EYE, "vision_start_token_id": 31, "vision_end_token_id": 32}),
+    "Qwen3-VL": ("Qwen3VL", QWEN_SEES),
+    "Qwen3-VL MoE": ("Qwen3VLMoe", QWEN_SEES),
 }
 
 LLAVA_CHAT = (
@@ -77,7 +84,7 @@ QWEN_CHAT = (
 SPECIAL = ["<unk>", "<s>", "</s>", "<image>", "<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>"]
 SPECIAL += ["<global-img>", *(f"<row_{r}_col_{c}>" for r in range(1, 5) for c in range(1, 5))]
 SPECIAL += ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|im_end|>"]
-SMOLS = ("SmolVLM", "Idefics3")
+SMOLS, QWENS = ("SmolVLM", "Idefics3"), ("Qwen3VL", "Qwen3VLMoe")
 
 
 def tokenizer(family: str):
@@ -89,7 +96,7 @@ def tokenizer(family: str):
         vocab_size=340, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(["what is in the picture", "a red ball\n\nand a blue key", "USER: ASSISTANT:"], trainer)
-    kinds = {"Qwen3VL": (QWEN_CHAT, "<|im_end|>", "<|image_pad|>")} | {
+    kinds = dict.fromkeys(QWENS, (QWEN_CHAT, "<|im_end|>", "<|image_pad|>")) | {
         smol: (SMOL_CHAT, "<end_of_utterance>", "<image>") for smol in SMOLS
     }
     template, end, picture = kinds.get(family, (LLAVA_CHAT, "</s>", "<image>"))
@@ -104,7 +111,7 @@ def build(name: str, folder: Path):
     """A random model of transformers and its processor, as they save them."""
     family, sizes = MODELS[name]
     fast = tokenizer(family)
-    text = QWEN_TEXT if family == "Qwen3VL" else TEXT
+    text = {"Qwen3VL": QWEN_TEXT, "Qwen3VLMoe": QWEN_EXPERTS}.get(family, TEXT)
     text |= {"vocab_size": len(fast), "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     key = "image_token_index" if family.startswith("Llava") else "image_token_id"
     config = getattr(transformers, f"{family}Config")(
@@ -116,7 +123,7 @@ def build(name: str, folder: Path):
         for p in net.parameters():
             p.add_(torch.randn_like(p) * 0.1)
     net.save_pretrained(folder)
-    if family == "Qwen3VL":
+    if family in QWENS:
         size = {"shortest_edge": 16 * 64, "longest_edge": 48 * 64}
         looks = transformers.Qwen2VLImageProcessorPil(size=size, patch_size=PATCH, merge_size=2)
         processor = SimpleNamespace(image_processor=looks, tokenizer=fast)
@@ -201,11 +208,25 @@ def test_a_model_that_sees_is_that_of_transformers(name: str, tmp_path: Path) ->
     record("model that sees", name, f"`{kind}`", digit(gap), f"{len(continued)} of 16 tokens", "bit for bit")
 
 
+def test_stacked_experts_are_read_as_the_hub_has_them_and_as_transformers_saves_them(tmp_path: Path) -> None:
+    """Published folders hold them turned, and so do ours; transformers 5 saves a model that it built unturned."""
+    build("Qwen3-VL MoE", tmp_path / "in")
+    adopt(tmp_path / "in", tmp_path / "ours", dtype=torch.float32)
+    give_back(tmp_path / "ours", tmp_path / "out")
+    name = "model.language_model.layers.0.mlp.experts.gate_up_proj"
+    shapes = [open_tensors(tmp_path / place).entries[name].shape for place in ("in", "out")]
+    assert sorted(shapes) == [(6, 40, 48), (6, 48, 40)] and shapes[1] == (6, 48, 40)
+    one, two = (load_foreign(tmp_path / place).state_dict() for place in ("in", "out"))
+    assert one.keys() == two.keys() and all(torch.equal(tensor, two[n]) for n, tensor in one.items())
+    form = Stacked(6, 40, turned=True)
+    assert [form.found(shape).turned for shape in ((6, 40, 48), (6, 48, 40), (6, 40, 40), (240, 48))] == [0, 1, 0, 0]
+
+
 def their_inputs(name: str, processor, told: list[dict], shown: list[np.ndarray]) -> dict[str, torch.Tensor]:
     """What their processor makes of a dialogue. Two of them need torchvision for films: their parts are called here."""
     fast, looks = processor.tokenizer, processor.image_processor
     text = fast.apply_chat_template(told, tokenize=False, add_generation_prompt=True)
-    if name == "Qwen3-VL":
+    if name.startswith("Qwen3-VL"):
         seen = looks(images=shown, return_tensors="pt")
         first, *rest = text.split("<|image_pad|>")
         counts = (seen["image_grid_thw"].prod(1) // 4).tolist()

@@ -1,4 +1,4 @@
-"""A language model that others trained becomes one of our checkpoints: weights, configuration, tokenizer, template."""
+"""A model that others trained becomes one of our checkpoints: weights, configuration, tokenizer, template, codec."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.processors import TemplateProcessing
 
 from litchi.config import BadInput, to_json
+from litchi.model.bagel import CHAT, END, holds_bagel, is_bagel, open_bagel, open_codec, save_bagel
 from litchi.model.convert import Foreign, export, open_foreign, read_json, stream
 from litchi.model.families import parameters
+from litchi.model.latent import LatentCodec, write_back
 from litchi.model.tensorfile import open_tensors
 from litchi.model.tensorwriter import TensorWriter
 from litchi.model.vlm import CLASSES as VLMS
@@ -40,8 +42,11 @@ CHECKED_PARAMETERS = 2_000_000_000
 
 
 def adopt(source: Path, folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> Foreign:
-    """Write what `open_foreign` reads as a checkpoint; no more than one tensor is in memory at a time."""
-    foreign = open_foreign(source)
+    """Write what `open_foreign` reads, or BAGEL's folder, as a checkpoint.
+
+    No more than one tensor is in memory at a time, and the autoencoder of a model that draws.
+    """
+    foreign = open_bagel(source) if holds_bagel(source) else open_foreign(source)
     processor = processor_of(source, foreign)
     draft = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(draft, ignore_errors=True)
@@ -76,8 +81,14 @@ def give_back(checkpoint: Path, folder: Path, *, dtype: torch.dtype = torch.floa
     with open_tensors(checkpoint / "model") as tensors:
         known = {from_hugging_face(name): name for name in tensors.entries}
         said = read_json(original) if original.is_file() else None
-        family = export(folder, config, lambda name: tensors.read(known[name]), dtype=dtype, original=said)
+        if said is not None and is_bagel(said):
+            family = "bagel"
+            save_bagel(folder, config, lambda name: tensors.read(known[name]), said, dtype=dtype)
+        else:
+            family = export(folder, config, lambda name: tensors.read(known[name]), dtype=dtype, original=said)
     processor = load_processor(checkpoint / "processor")
+    if isinstance(processor, ForeignProcessor) and isinstance(processor.codec, LatentCodec):
+        write_back(folder, processor.codec)
     shutil.copy(checkpoint / "processor" / "tokenizer.json", folder / "tokenizer.json")
     said = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     if isinstance(processor, ForeignProcessor):
@@ -109,12 +120,15 @@ def processor_of(source: Path, foreign: Foreign) -> ForeignProcessor:
         ends = end_ids(home, foreign.original)
         backend = from_pieces(home, said, ends) if alone else from_file(home / "tokenizer.json")
         config = folder_config(home, said, ends, backend)
+        if foreign.family == "bagel":
+            config = replace(config, template=CHAT, ends=tuple(dict.fromkeys((END, *config.ends))))
     else:
         backend, config = from_gguf(foreign.tensors.metadata), gguf_config(foreign.tensors.metadata)
     tokenizer = ForeignTokenizer(backend, config)
     if len(tokenizer) > foreign.config.vocab_size:
         raise BadInput(f"{source}: the tokenizer has {len(tokenizer)} ids, the model {foreign.config.vocab_size}")
-    return ForeignProcessor(tokenizer, eye_of(source, foreign, tokenizer))
+    codec = open_codec(source, foreign.config, foreign.original) if foreign.family == "bagel" else None
+    return ForeignProcessor(tokenizer, eye_of(source, foreign, tokenizer), codec=codec)
 
 
 def tokenizer_home(source: Path, place: Path) -> Path:

@@ -1,7 +1,7 @@
 """BAGEL as one of our networks, and back: two experts a layer, a tower that reads pictures, a flow that draws them.
 
 Sources are the published code of ByteDance-Seed/BAGEL (app.py, modeling/bagel) and its folder, BAGEL-7B-MoT: three
-configurations, `ema.safetensors` for everything here, and `ae.safetensors`, the autoencoder of FLUX, which is not read.
+configurations, `ema.safetensors` for the network, and `ae.safetensors`, FLUX's autoencoder, which codes its pictures.
 How BAGEL lays out a document, all of which our sequences can say:
 
 - a picture to understand (vision) or to draw (image) stands between its two marks, in one span with them;
@@ -12,17 +12,19 @@ How BAGEL lays out a document, all of which our sequences can say:
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from litchi.config import BadInput
 from litchi.model import families
 from litchi.model.convert import Foreign, check, in_memory, read_json, resolve
 from litchi.model.families import Asked, Link, parameters
+from litchi.model.latent import KNOWN, LatentCodec, read_codec
 from litchi.model.network import Model, ModelConfig, Velocity
 from litchi.model.tensorfile import open_tensors
 from litchi.model.tensorwriter import TensorWriter
@@ -33,7 +35,7 @@ from litchi.schema.sequence import Modality
 
 Json = Mapping[str, Any]
 
-WEIGHTS = "ema.safetensors"
+WEIGHTS, AUTOENCODER = "ema.safetensors", "ae.safetensors"
 PARTS = ("llm_config", "vit_config")
 """Configurations that the folder holds as files of these names beside config.json, where it may hold them too."""
 
@@ -49,6 +51,12 @@ DEFAULTS: dict[str, Any] = {
 """What BAGEL's own programs take where config.json is silent."""
 FLUX = {"z_channels": 16, "downsample": 8}
 
+CHAT = """\
+{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>{% endif %}"""
+"""A conversation as BAGEL's programs lay it out, whatever template its folder has: nothing says who speaks."""
+END = "<|im_end|>"
+
 
 def read_bagel(config: Json) -> ModelConfig:
     """BAGEL's configurations, the smaller ones inside config.json, as ours. Raises BadInput for what is not computed.
@@ -56,7 +64,16 @@ def read_bagel(config: Json) -> ModelConfig:
     As BAGEL's programs do, whatever the files say: heads have norms, the head is no table, and the tower lacks the last
     of the layers that its configuration counts.
     """
-    config = DEFAULTS | dict(config)
+    try:
+        return read_whole(DEFAULTS | dict(config))
+    except BadInput:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        fault = f"{type(error).__name__}: {str(error)[:120]}"
+        raise BadInput(f"bagel: its configurations hold what cannot be read ({fault}): download them again") from error
+
+
+def read_whole(config: Json) -> ModelConfig:
     asked = Asked(config, "bagel")
     for key, only in (("visual_gen", True), ("visual_und", True), ("interpolate_pos", False)):
         asked.only(key, only, only)
@@ -126,16 +143,44 @@ def bagel_links(c: ModelConfig) -> list[Link]:
 # ---- folders ------------------------------------------------------------------------------------------------------
 
 
+def is_bagel(said: Json) -> bool:
+    """Whether this is BAGEL's configuration, whole."""
+    return all(isinstance(said.get(key), dict) and said[key] for key in PARTS)
+
+
+def holds_bagel(folder: Path) -> bool:
+    return (folder / WEIGHTS).is_file() and not (folder / "model.safetensors").is_file()
+
+
 def open_bagel(folder: Path) -> Foreign:
     """BAGEL's folder, its weights checked by name and shape. Raises BadInput for what is missing, over or unknown."""
     original = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     for key in PARTS:
         if (folder / f"{key}.json").is_file() or not original.get(key):
             original[key] = read_json(folder / f"{key}.json")
+        if not isinstance(original[key], dict):
+            raise BadInput(f"{folder / 'config.json'}: {key} is no JSON object: download it again")
     config, tensors = read_bagel(original), open_tensors(folder / WEIGHTS)
     links = tuple(resolve(link, tensors) for link in bagel_links(config))
     check(links, config, tensors)
     return Foreign(config, "bagel", links, tensors, original)
+
+
+def open_codec(folder: Path, config: ModelConfig, original: Json) -> LatentCodec | None:
+    """The autoencoder with which BAGEL codes what it draws, if the folder has it, in rows as BAGEL lays them out."""
+    if not (folder / AUTOENCODER).is_file():
+        return None
+    said = DEFAULTS | dict(original)
+    vae, drawn = FLUX | dict(said.get("vae_config") or {}), config.modalities[Modality.IMAGE]
+    assert isinstance(drawn, Velocity)
+    autoencoder = replace(KNOWN["flux"], channels=vae["z_channels"])
+    codec = read_codec(folder / AUTOENCODER, autoencoder, pack=said["latent_patch_size"], fastest="channel")
+    if vae["downsample"] != autoencoder.factor or codec.channels != drawn.channels:
+        raise BadInput(
+            f"{folder / AUTOENCODER} makes cells of {autoencoder.factor} pixels, config.json asks for"
+            f" {vae['downsample']!r}: download both again"
+        )
+    return codec
 
 
 def load_bagel(folder: Path) -> tuple[Model, Json]:
@@ -144,14 +189,24 @@ def load_bagel(folder: Path) -> tuple[Model, Json]:
     return in_memory(foreign), foreign.original
 
 
-def save_bagel(folder: Path, model: Model, original: Json, *, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Weights and configurations as BAGEL's own programs read them; tokenizer and autoencoder are to be put beside."""
-    links, shapes, named = bagel_links(model.config), parameters(model.config), dict(model.named_parameters())
+def save_bagel(
+    folder: Path,
+    config: ModelConfig,
+    read: Callable[[str], Tensor],
+    original: Json,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Weights and configurations as BAGEL's own programs read them; tokenizer and autoencoder are to be put beside.
+
+    `read` gives a tensor of ours by name.
+    """
+    links, shapes = bagel_links(config), parameters(config)
     meta = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     announced = {link.theirs: link.export([meta[name] for name in link.ours]).shape for link in links}
     writer = TensorWriter(folder, announced, dtype, shard_bytes=1 << 62)  # they load one file
     for link in links:
-        writer.put(link.theirs, link.export([named[name].detach() for name in link.ours]))
+        writer.put(link.theirs, link.export([read(name) for name in link.ours]))
     writer.finish()
     (folder / "model.safetensors").rename(folder / WEIGHTS)
     for key in PARTS:

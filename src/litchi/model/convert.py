@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from litchi.config import BadInput, nearest
-from litchi.model.families import Link, fitting_family, parameters, read_gguf, write_config
+from litchi.model.families import Link, Stacked, fitting_family, parameters, read_gguf, write_config
 from litchi.model.frameworks import open_trained
 from litchi.model.network import Model, ModelConfig
 from litchi.model.tensorfile import TensorFile, check_finite, open_tensors
@@ -69,10 +69,11 @@ def open_foreign(path: Path) -> Foreign:
 
 
 def resolve(link: Link, tensors: TensorFile) -> Link:
-    """The link under the name that this file has."""
+    """The link under the name, and in the form, that this file has."""
     for name in spellings(link.theirs):
         if name in tensors.entries:
-            return Link(name, link.ours, link.form)
+            form = link.form
+            return Link(name, link.ours, form.found(tensors.entries[name].shape) if isinstance(form, Stacked) else form)
     head = "lm_head" in link.theirs or "output_layer" in link.theirs
     hint = " (config.json says that the head is not the table: tie_word_embeddings)" if head else ""
     raise BadInput(f"{tensors.path} has no {link.theirs!r}{hint}{nearest(link.theirs, tensors.entries)}")

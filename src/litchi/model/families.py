@@ -8,8 +8,8 @@ network cannot compute is refused, never ignored.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -103,6 +103,30 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
+class Stacked:
+    """The matrices of all experts in one tensor (Qwen3-VL's mixtures), as we have them or turned.
+
+    The Hub's are multiplied from the other side; transformers 5 saves them as we have them, and reads both by shape.
+    """
+
+    experts: int
+    rows: int
+    """Of one expert of ours."""
+    turned: bool
+
+    def theirs(self, ours: Tensor) -> Tensor:
+        matrices = ours.unflatten(0, (self.experts, -1))
+        return matrices.transpose(1, 2) if self.turned else matrices
+
+    def ours(self, theirs: Tensor) -> Tensor:
+        return (theirs.transpose(1, 2) if self.turned else theirs).flatten(0, 1)
+
+    def found(self, shape: Sequence[int]) -> Stacked:
+        """As in a file; a square is not turned, as transformers has it."""
+        return replace(self, turned=len(shape) == 3 and shape[1] != self.rows)
+
+
+@dataclass(frozen=True, slots=True)
 class Grouped:
     """Three projections in one, key-value head by key-value head: its queries, its key, its value (Megatron)."""
 
@@ -134,7 +158,7 @@ class Padded:
         return theirs[: self.rows]
 
 
-Form = Transposed | Interleaved | Patches | Cells | Row | Grouped | Padded
+Form = Transposed | Interleaved | Patches | Cells | Row | Stacked | Grouped | Padded
 
 
 @dataclass(frozen=True, slots=True)

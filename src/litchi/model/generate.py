@@ -126,7 +126,7 @@ class Generator:
 
     def plan(self, state: State, request: Request) -> Iterator[Delta]:
         """Sample words until the model opens a picture, and draw it: the turn may not end without one."""
-        if self.processor.codec is None:
+        if not self.processor.draws:
             raise BadInput(CANNOT_DRAW)
         tokenizer, params = self.processor.tokenizer, request.params
         self.processor.open(state.builder, request.parts)
@@ -157,7 +157,7 @@ class Generator:
         """Denoise one picture and append its clean copy."""
         foreseen = role is Role.NONE
         modality, codec = self.processor.codec_for(frame=foreseen)
-        if codec is None:
+        if codec is None or not self.processor.draws:
             raise BadInput(CANNOT_DRAW)
         if request.height % codec.patch or request.width % codec.patch:
             raise BadInput(

@@ -16,7 +16,7 @@ import torch
 
 from litchi.config import BadInput
 from litchi.model import families
-from litchi.model.families import Asked, Link, Patches, llama_name
+from litchi.model.families import Asked, Link, Patches, Stacked, llama_name
 from litchi.model.network import ModelConfig
 from litchi.model.towers import read_tower, tower_links
 from litchi.model.vision import Tower
@@ -30,8 +30,10 @@ CLASSES = {
     "smolvlm": "SmolVLMForConditionalGeneration",
     "idefics3": "Idefics3ForConditionalGeneration",
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
 }
 LLAVAS = ("llava", "llava_next")
+QWENS = ("qwen3_vl", "qwen3_vl_moe")
 
 LLAMA_7B = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32_000}
 SILENT: dict[str, dict[str, Any]] = {
@@ -73,9 +75,9 @@ def read_seeing(config: Json, family: str) -> ModelConfig:
     tied = bool(config.get("tie_word_embeddings", False))
     text["tie_word_embeddings"] = tied or bool(family in LLAVAS and text.get("tie_word_embeddings"))
     sections = None
-    if family == "qwen3_vl":
+    if family in QWENS:
         tower, sections = qwen_tower(vision, text), read_sections(text)
-        text["model_type"] = "qwen3"
+        text |= {"model_type": "qwen3"} if family == "qwen3_vl" else {"model_type": "qwen3_moe", "norm_topk_prob": True}
     else:
         tower = llava_tower(config, vision) if family in LLAVAS else smolvlm_tower(config, vision)
     return replace(families.read_config(text), modalities={str(Modality.VISION): tower}, sections=sections)
@@ -175,7 +177,7 @@ def links(c: ModelConfig, family: str) -> list[Link]:
         return families.links(c, family)
     tower = c.modalities[Modality.VISION]
     assert isinstance(tower, Tower)
-    if family == "qwen3_vl":
+    if family in QWENS:
         return qwen_links(c, tower)
     text = [name for name in families.parameters(replace(c, modalities={})) if name != "lm_head.weight"]
     if family in LLAVAS:
@@ -205,7 +207,9 @@ QWEN_LAYER = {
 
 def qwen_links(c: ModelConfig, tower: Tower) -> list[Link]:
     text = [name for name in families.parameters(replace(c, modalities={})) if name != "lm_head.weight"]
-    found = [Link(llama_name(name).replace("model.", "model.language_model.", 1), (name,)) for name in text]
+    plain = [name for name in text if ".mlp.experts." not in name]
+    found = [Link(llama_name(name).replace("model.", "model.language_model.", 1), (name,)) for name in plain]
+    found += [link for i in range(c.num_layers if c.mixture else 0) for link in stacked_links(c, i)]
     found += [] if c.tied else [Link("lm_head.weight", ("lm_head.weight",))]
     patch, eye = f"{TOWER}.encoder.patch_embedding", "model.visual"
     found.append(Link(f"{eye}.patch_embed.proj.weight", (f"{patch}.weight",), Patches(tower.frames)))
@@ -221,6 +225,19 @@ def qwen_links(c: ModelConfig, tower: Tower) -> list[Link]:
         for part in ("norm", "linear_fc1", "linear_fc2"):
             found += [Link(f"{eye}.{theirs}.{part}.{kind}", (f"{TOWER}.{ours}.{part}.{kind}",)) for kind in WB]
     return found
+
+
+def stacked_links(c: ModelConfig, layer: int) -> Iterator[Link]:
+    """The experts of a layer, all of them in two tensors."""
+    assert c.mixture is not None
+    count, inner = c.mixture.num_experts, c.mixture.width
+    for theirs, parts, shape in (
+        ("gate_up_proj", ("gate_proj", "up_proj"), (2 * inner, c.width)),
+        ("down_proj", ("down_proj",), (c.width, inner)),
+    ):
+        ours = [f"layers.{layer}.experts.0.mlp.experts.{e}.{part}.weight" for e in range(count) for part in parts]
+        form = Stacked(count, shape[0], turned=shape[0] != shape[1])
+        yield Link(f"model.language_model.layers.{layer}.mlp.experts.{theirs}", tuple(ours), form)
 
 
 def spellings(name: str) -> Iterator[str]:

@@ -27,7 +27,7 @@ from litchi.config import BadInput, from_json, to_json
 from litchi.model.codec import CodecConfig, PixelCodec, PixelCodecConfig, TileCodec, build_codec, regroup
 from litchi.model.efficientnet import from_tensors
 from litchi.model.eye import NAME, FrozenEye, FrozenEyeConfig
-from litchi.model.latent import LatentCodec, LatentCodecConfig
+from litchi.model.latent import LatentCodec, LatentCodecConfig, keep_codec, kept_codec
 from litchi.model.network import Mask, Model, ModelConfig
 from litchi.model.tensorfile import open_tensors
 from litchi.schema.backends import from_file
@@ -42,6 +42,8 @@ ORIGINAL = "original.json"
 """The config.json of a model that others trained, kept beside ours: it is given back on the way out."""
 EYE = "eye.safetensors"
 """The weights of a frozen network that a model sees with."""
+CODEC = "codec.safetensors"
+"""The weights with which pictures are coded."""
 PREPROCESSOR = "preprocessor_config.json"
 """The same for how it looks at pictures."""
 
@@ -140,9 +142,13 @@ def save_processor(folder: Path, processor: Processor) -> None:
     folder.mkdir(parents=True)
     processor.tokenizer.backend.save(str(folder / "tokenizer.json"), pretty=False)
     codec = processor.codec
+    if isinstance(codec, LatentCodec):
+        keep_codec(codec, folder / CODEC)
+    elif isinstance(codec, nn.Module):
+        save_file({k: v.contiguous() for k, v in codec.state_dict().items()}, folder / CODEC)
     if isinstance(processor, ForeignProcessor):
         eye = processor.eye.config if isinstance(processor.eye, Sight | FrozenEye) else None
-        config = ProcessorConfig(None, {}, chat=processor.tokenizer.config, eye=eye)
+        config = ProcessorConfig(getattr(codec, "config", None), {}, chat=processor.tokenizer.config, eye=eye)
         (folder / "processor.json").write_text(to_json(config))
         if isinstance(processor.eye, FrozenEye):
             save_file(processor.eye.network.state_dict(), folder / EYE)
@@ -151,8 +157,6 @@ def save_processor(folder: Path, processor: Processor) -> None:
     film_patch = 0 if processor.film is None else processor.film.patch
     config = ProcessorConfig(getattr(codec, "config", None), processor.spaces, processor.noising, sight, film_patch)
     (folder / "processor.json").write_text(to_json(config))
-    if isinstance(codec, nn.Module):
-        save_file({k: v.contiguous() for k, v in codec.state_dict().items()}, folder / "codec.safetensors")
 
 
 def replace_folder(draft: Path, folder: Path) -> None:
@@ -180,6 +184,8 @@ def flush(path: Path) -> None:
 def load(folder: Path, *, check: bool = True) -> Checkpoint:
     """Read a checkpoint in fp32. Raises BadInput, naming the file and the mend, if anything is missing or changed."""
     meta = read_meta(folder)
+    if not (folder / "model").is_dir():
+        raise BadInput(f"{folder} holds no network, but {meta.get('family', 'something else')}: name a checkpoint")
     if check:
         check_files(folder, meta)
     model = load_model(folder)
@@ -238,30 +244,37 @@ def check_files(folder: Path, meta: dict) -> None:
 
 def load_processor(folder: Path) -> Processor:
     config = from_json(ProcessorConfig, (folder / "processor.json").read_text())
+    codec = load_codec(config.codec, folder / CODEC)
     if config.chat is not None:
         tokenizer = ForeignTokenizer(from_file(folder / "tokenizer.json"), config.chat)
         match config.eye:
             case None:
-                return ForeignProcessor(tokenizer)
+                eye = None
             case FrozenEyeConfig() as c:
-                return ForeignProcessor(tokenizer, FrozenEye(c, from_tensors(load_tensors(folder / EYE), NAME)))
+                eye = FrozenEye(c, from_tensors(load_tensors(folder / EYE), NAME))
             case SightConfig() as c:
-                return ForeignProcessor(tokenizer, Sight(c))
-    match config.codec:
-        case None:
-            codec = None
-        case LatentCodecConfig() as c:
-            codec = LatentCodec(c)
-        case c:
-            codec = build_codec(c)
-    if isinstance(codec, nn.Module):
-        codec.load_state_dict(load_tensors(folder / "codec.safetensors"))
+                eye = Sight(c)
+        return ForeignProcessor(tokenizer, eye, codec=codec)
     sight = None if config.sight is None else PixelCodec(config.sight)
     film = (
         regroup(codec, config.film_patch) if isinstance(codec, PixelCodec | TileCodec) and config.film_patch else None
     )
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     return Processor(tokenizer, codec, config.spaces, config.noising, film=film, sight=sight)
+
+
+def load_codec(
+    config: CodecConfig | LatentCodecConfig | None, path: Path
+) -> PixelCodec | TileCodec | LatentCodec | None:
+    match config:
+        case None:
+            return None
+        case LatentCodecConfig():
+            return kept_codec(config, path)
+    codec = build_codec(config)
+    if isinstance(codec, nn.Module):
+        codec.load_state_dict(load_tensors(path))
+    return codec
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer as Backend
 from litchi.config import BadInput
 from litchi.schema.chat import ChatTemplate, Message
 from litchi.schema.processor import Builder, Noising, Processor
+from litchi.schema.protocol import Codec
 from litchi.schema.sample import Image, Part, Role, Text
 from litchi.schema.sight import Eye, Seen
 from litchi.schema.tokenizer import Tokenizer
@@ -56,11 +57,12 @@ class ForeignProcessor(Processor):
     """Conversations by the template, or plain text (role none) after the token that begins one.
 
     With `eye`, users may show pictures: the template says where with a control token, and each becomes the tokens that
-    `eye` lays out, read one after another like words.
+    `eye` lays out, read one after another like words. `codec` is kept for a model that draws in a way of its own: no
+    turn here is drawn with it.
     """
 
-    def __init__(self, tokenizer: ForeignTokenizer, eye: Eye | None = None) -> None:
-        super().__init__(tokenizer, None, {}, Noising())
+    def __init__(self, tokenizer: ForeignTokenizer, eye: Eye | None = None, *, codec: Codec | None = None) -> None:
+        super().__init__(tokenizer, codec, {}, Noising())
         source = tokenizer.config.template
         bos, eos = tokenizer.config.bos, next(iter(tokenizer.config.ends), "")
         self.template = ChatTemplate(source, tokenizer.backend, bos=bos, eos=eos) if source else None
@@ -119,6 +121,10 @@ class ForeignProcessor(Processor):
     @property
     def sees(self) -> bool:
         return self.eye is not None
+
+    @property
+    def draws(self) -> bool:
+        return False
 
     @property
     def controls(self) -> frozenset[int]:

@@ -320,6 +320,11 @@ class Processor:
         """Whether a user may show pictures."""
         return self.codec is not None or self.sight is not None
 
+    @property
+    def draws(self) -> bool:
+        """Whether pictures can stand in an answer."""
+        return self.codec is not None
+
     def is_control(self, index: int) -> bool:
         """Whether an id stands for no text: a role, an end, a picture, padding or an action."""
         return index in self.controls

@@ -336,7 +336,7 @@ def looking(config: Mapping[str, Any], said: Mapping[str, Any], token: str) -> S
     match family:
         case "smolvlm" | "idefics3":
             usual, looks = (HALF, HALF, 1), read_smolvlm(config, said)
-        case "qwen3_vl":
+        case "qwen3_vl" | "qwen3_vl_moe":
             usual, looks = (CLIP_MEAN, CLIP_STD, 3), read_qwen(vision, said)
         case _:
             usual, looks = (CLIP_MEAN, CLIP_STD, 3), read_llava(config, said)

@@ -22,6 +22,8 @@ from litchi.model.codec import (
     fit,
     regroup,
 )
+from litchi.model.codecfolder import CodecFolder, load_codec
+from litchi.model.latent import LatentCodec
 from litchi.schema.processor import Discrete, Noising, Processor, Space, action_token
 from litchi.schema.sample import Image, Sample, Text, Video
 from litchi.schema.tokenizer import Tokenizer
@@ -35,7 +37,7 @@ class FitConfig:
     """Upper bound; training stops earlier when no pair of tokens repeats."""
     phrases: int = 0
     """Tokens more that join words which nearly always stand together."""
-    codec: CodecConfig | None = TileCodecConfig()
+    codec: CodecConfig | CodecFolder | None = TileCodecConfig()
     spaces: dict[str, Space] = field(default_factory=dict)
     noising: Noising = Noising()
     film_patch: int = 0
@@ -56,12 +58,24 @@ def fit_processor(config: FitConfig, samples: Iterable[Sample], *, seed: int) ->
                 tiles |= dict.fromkeys(row.tobytes() for row in cut(pixels, config.codec.tile).numpy())
     actions = action_names(config.spaces)
     tokenizer = Tokenizer.train(texts, vocab_size=config.vocab_size, actions=actions, phrases=config.phrases)
-    codec = None if config.codec is None else build_codec(config.codec)
+    codec = begin_codec(config.codec)
     if isinstance(codec, TileCodec):
         fit_tiles(codec, sorted(tiles), seed)
     sight = None if config.sight is None else PixelCodec(config.sight)
-    film = regroup(codec, config.film_patch) if codec is not None and config.film_patch else None
+    if isinstance(codec, LatentCodec) and config.film_patch:
+        raise BadInput("an autoencoder codes frames as it codes pictures: set fit.film_patch=0")
+    own = isinstance(codec, PixelCodec | TileCodec) and config.film_patch
+    film = regroup(codec, config.film_patch) if own else None
     return Processor(tokenizer, codec, dict(config.spaces), config.noising, film=film, sight=sight)
+
+
+def begin_codec(config: CodecConfig | CodecFolder | None) -> PixelCodec | TileCodec | LatentCodec | None:
+    match config:
+        case None:
+            return None
+        case CodecFolder(folder, pack):
+            return load_codec(folder, pack=pack)
+    return build_codec(config)
 
 
 def fit_tiles(codec: TileCodec, tiles: list[bytes], seed: int) -> None:

@@ -23,7 +23,7 @@ class Pictures:
 
     def __init__(self, folder: Path, processor: Processor, samples: Samples, count: int = 8, *, silent: bool = False) -> None:
         self.folder, self.silent = folder / "pictures", silent
-        found = [s for s in map(samples, range(SEARCHED)) if processor.codec is not None and drawable(s)]
+        found = [s for s in map(samples, range(SEARCHED)) if processor.draws and drawable(s)]
         drawn = [s for s in found if s.parts[-1].role is Role.ASSISTANT][:count]
         foreseen = [s for s in found if s.parts[-1].role is not Role.ASSISTANT][:count]
         self.samples = drawn + foreseen
