@@ -319,6 +319,11 @@ HARMONICS = tuple(math.pi * f for f in (0.5, 1.0, 2.0, 4.0))
 """Frequencies at which a vector's time is read."""
 
 
+def drawn(c: ModelConfig) -> dict[str, Mask | Flow | Velocity]:
+    """The modalities that the network can write."""
+    return {m: kind for m, kind in c.modalities.items() if isinstance(kind, Mask | Flow | Velocity)}
+
+
 class Model(nn.Module):
     """Tokens and vectors in, hidden states out; `logits` and `clean` are the ways to read them."""
 
@@ -337,27 +342,20 @@ class Model(nn.Module):
         if c.places:
             self.embed_positions = nn.Embedding(c.places, c.width)
         self.readers = nn.ModuleDict({m: Reader(kind, c) for m, kind in c.modalities.items()})
-        drawn = {m: kind for m, kind in c.modalities.items() if isinstance(kind, Mask | Flow | Velocity)}
-        self.writers = nn.ModuleDict({m: Writer(kind, c) for m, kind in drawn.items()})
+        self.writers = nn.ModuleDict({m: Writer(kind, c) for m, kind in drawn(c).items()})
         if not c.tied:
             self.lm_head = nn.Linear(c.width, c.vocab_size, bias=False)
 
-    def forward(self, batch: Batch, cache: KVCache | None = None) -> Float[Tensor, "T D"]:
-        """Hidden states (T, D) of a batch, after everything in `cache`, to which the batch is added."""
-        seen = self.see(batch)
-        x_TD = self.embed(batch, seen)
-        attend = self.attention(batch, cache)
-        c = self.config
-        rotation = None if c.places else rotations(batch.positions, c.head_width, c.theta, c.scaling, c.sections)
-        route = self.route(batch)
-        for index, layer in enumerate(self.layers):
-            x_TD = layer(x_TD, index=index, rotation=rotation, attend=attend, route=route, cache=cache)
-            for index_N, x_NXD in seen:
-                if index + 1 < x_NXD.shape[1]:
-                    x_TD = x_TD.index_add(0, index_N, x_NXD[:, index + 1].to(x_TD.dtype))
-        if c.own_norms:
-            return rejoin([self.norm(x_TD[route[0]]), self.norm_moe_gen(x_TD[route[1]])], route)
-        return self.norm(x_TD)
+    def forward(
+        self, batch: Batch, cache: KVCache | None = None, x_TD: Float[Tensor, "T D"] | None = None
+    ) -> Float[Tensor, "T D"]:
+        """Hidden states (T, D) of a batch, after everything in `cache`, to which the batch is added.
+
+        `x_TD` is what earlier layers made of the batch, where other ranks hold them.
+        """
+        seen = [] if x_TD is not None else self.see(batch)
+        x_TD = self.embed(batch, seen) if x_TD is None else x_TD
+        return self.finish(self.think(x_TD, batch, seen, cache), batch)
 
     def see(self, batch: Batch) -> list[tuple[Int[Tensor, "N"], Float[Tensor, "N X D"]]]:
         """Where vectors stand, and what is read in them: X rows, of which later ones are for the layers (DeepStack)."""
@@ -379,6 +377,29 @@ class Model(nn.Module):
         for index_N, x_NXD in seen:
             x_TD = x_TD.index_copy(0, index_N, x_NXD[:, 0].to(x_TD.dtype))
         return x_TD
+
+    def think(
+        self, x_TD: Float[Tensor, "T D"], batch: Batch, seen: Sequence[tuple[Tensor, Tensor]], cache: KVCache | None
+    ) -> Float[Tensor, "T D"]:
+        """Through the layers that are here; their numbers are those of the whole network."""
+        attend = self.attention(batch, cache)
+        c = self.config
+        rotation = None if c.places else rotations(batch.positions, c.head_width, c.theta, c.scaling, c.sections)
+        route = self.route(batch)
+        for name, layer in self.layers.named_children():
+            index = int(name)
+            x_TD = layer(x_TD, index=index, rotation=rotation, attend=attend, route=route, cache=cache)
+            for index_N, x_NXD in seen:
+                if index + 1 < x_NXD.shape[1]:
+                    x_TD = x_TD.index_add(0, index_N, x_NXD[:, index + 1].to(x_TD.dtype))
+        return x_TD
+
+    def finish(self, x_TD: Float[Tensor, "T D"], batch: Batch) -> Float[Tensor, "T D"]:
+        """The last norm, of each expert's tokens by its own if it has one."""
+        if self.config.own_norms:
+            route = self.route(batch)
+            return rejoin([self.norm(x_TD[route[0]]), self.norm_moe_gen(x_TD[route[1]])], route)
+        return self.norm(x_TD)
 
     def route(self, batch: Batch) -> list[Tensor]:
         """Which tokens each expert works on: text and understanding first, what is generated in spans second."""

@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from litchi.model.network import Flow, Mask, Model, Velocity
+from litchi.model.network import Flow, Mask, Model, Velocity, drawn
 from litchi.schema.arrays import IGNORE, MASK
 from litchi.schema.sequence import Batch, Modality, Vectors
 
@@ -52,12 +53,16 @@ def objective(model: Model, batch: Batch, generator: torch.Generator, chunk: int
 
 def loss_of(model: Model, batch: Batch, corrupted: Batch, chunk: int = 0) -> Loss:
     """The loss of reading `corrupted` where `batch` is the truth; `chunk` is that of `text_loss`."""
-    x_TD = model(corrupted)
+    return loss_from(model, model(corrupted), batch, corrupted, chunk)
+
+
+def loss_from(model: Model, x_TD: Float[Tensor, "T D"], batch: Batch, corrupted: Batch, chunk: int = 0) -> Loss:
+    """The loss of hidden states, which the network made of `corrupted`; of its weights, only the heads are needed."""
     labelled = supervised_labels(batch)
     text = text_loss(model, x_TD[labelled], batch.labels[labelled], batch.weights[labelled], chunk)
     total = {str(Modality.TEXT): text}
     for modality, v in batch.vectors.items():
-        if modality in model.writers:
+        if modality in drawn(model.config):
             total[modality] = span_loss(model, x_TD, modality, v, corrupted.vectors[modality])
     weight = weights_of(model, batch, corrupted)
     return Loss(total, {m: torch.tensor(weight[m]) for m in total})
@@ -114,7 +119,7 @@ def weights_of(model: Model, batch: Batch, corrupted: Batch) -> dict[str, float]
     """The weight of each modality's loss, known before anything is read."""
     weight = {str(Modality.TEXT): float(batch.weights[supervised_labels(batch)].sum())}
     for modality, v in batch.vectors.items():
-        if modality in model.writers:
+        if modality in drawn(model.config):
             weight[modality] = float(row_weights(model, modality, v, corrupted.vectors[modality]).sum())
     return weight
 

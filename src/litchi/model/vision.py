@@ -234,7 +234,9 @@ class SineTable(nn.Module):
         frequency = 10_000.0 ** (-torch.arange(self.width // 4, dtype=torch.float64) / (self.width // 4))
         angle_GF = torch.arange(self.grid)[:, None] * frequency
         line_GF = torch.cat([angle_GF.sin(), angle_GF.cos()], 1).float()
-        return torch.cat([line_GF.expand(self.grid, -1, -1), line_GF[:, None].expand(-1, self.grid, -1)], 2).flatten(0, 1)
+        return torch.cat([line_GF.expand(self.grid, -1, -1), line_GF[:, None].expand(-1, self.grid, -1)], 2).flatten(
+            0, 1
+        )
 
     def forward(self, place_N3: Int[Tensor, "N 3"]) -> Float[Tensor, "N W"]:
         """`place` is a picture, and a row and column there, as `Vectors` has it."""

@@ -94,7 +94,9 @@ def build_optimizers(leaves: Iterable[Leaf], config: OptimizerConfig) -> list[to
         {"params": [leaf.local for leaf in plain], "weight_decay": 0.0},
     ]
     fused = any(leaf.local.is_cuda or not leaf.world.layout.exact for leaf in leaves)
-    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=1e-10, fused=fused, foreach=not fused)
+    adamw = torch.optim.AdamW(
+        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=1e-10, fused=fused, foreach=not fused
+    )
     if not matrices:
         return [adamw]
     muon = Muon(matrices, lr=config.matrix_lr, momentum=config.momentum, weight_decay=config.weight_decay)

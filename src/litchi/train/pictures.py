@@ -21,7 +21,9 @@ SEARCHED = 400
 class Pictures:
     """Keeps a few samples that end in a picture to draw; the rest of each is the prompt. A `silent` one draws nothing."""
 
-    def __init__(self, folder: Path, processor: Processor, samples: Samples, count: int = 8, *, silent: bool = False) -> None:
+    def __init__(
+        self, folder: Path, processor: Processor, samples: Samples, count: int = 8, *, silent: bool = False
+    ) -> None:
         self.folder, self.silent = folder / "pictures", silent
         found = [s for s in map(samples, range(SEARCHED)) if processor.draws and drawable(s)]
         drawn = [s for s in found if s.parts[-1].role is Role.ASSISTANT][:count]

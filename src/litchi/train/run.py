@@ -202,7 +202,9 @@ def fresh(config, model_config: ModelConfig, processor: Processor, samples: Samp
         placed=placed,
         average={leaf.name: leaf.local.detach().clone() for leaf in learned},
         optimizers=build_optimizers(learned, config.optimizer),
-        batches=[Batches(samples, processor, config.batches, config.seed, m, slots) for m in range(first, slots, ranks)],
+        batches=[
+            Batches(samples, processor, config.batches, config.seed, m, slots) for m in range(first, slots, ranks)
+        ],
     )
 
 
@@ -221,10 +223,11 @@ def begin(placed: Placed, config: TrainConfig) -> None:
             leaf, shape = placed.leaves.get(name), tuple(tensors.entries[theirs].shape)
             if leaf is None or leaf.shape != shape:
                 found = "none" if leaf is None else list(leaf.shape)
-                raise BadInput(
-                    f"{config.start}: {name} is {list(shape)}, the network has {found}: start from another"
-                )
-        fill(placed, lambda name, shape: tensors.read(names[name], torch.float32) if name in names else values(name, shape))
+                raise BadInput(f"{config.start}: {name} is {list(shape)}, the network has {found}: start from another")
+        fill(
+            placed,
+            lambda name, shape: tensors.read(names[name], torch.float32) if name in names else values(name, shape),
+        )
 
 
 def freeze(model: Model, beginnings: tuple[str, ...]) -> None:
