@@ -43,9 +43,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize("layout", [Layout(zero=0), Layout(zero=1), Layout(zero=3), Layout(replicate=2)], ids=str)
 @pytest.mark.parametrize("size", [2, 4])
-def test_any_number_of_ranks_ends_with_the_same_bits(
-    crew: Crew, alone: str, tmp_path: Path, layout: Layout, size: int
-):
+def test_any_number_of_ranks_ends_with_the_same_bits(crew: Crew, alone: str, tmp_path: Path, layout: Layout, size: int):
     crew.run(go, tmp_path, layout, size=size)
     assert weights(tmp_path) == alone
 

@@ -121,7 +121,11 @@ def certify(schedule: Schedule, ranks: int, cases: Sequence[tuple[str, bool]]) -
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_loss_and_gradients_are_one_process_s(crew: Crew, schedule: Schedule, ranks: int):
-    cases = [(kind, tied) for kind in KINDS for tied in (False, True)] if ranks == 2 else [("image", True), ("vision", False)]
+    cases = (
+        [(kind, tied) for kind in KINDS for tied in (False, True)]
+        if ranks == 2
+        else [("image", True), ("vision", False)]
+    )
     answers = crew.run(certify, schedule, ranks, cases, size=ranks)
     for place, (kind, tied) in enumerate(cases):
         assert max(answer[place][0] for answer in answers) <= 1e-5, (kind, tied)

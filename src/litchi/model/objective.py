@@ -34,9 +34,13 @@ class Loss:
         return {m: float(self.total[m].detach() / self.weight[m]) for m in self.total if float(self.weight[m]) > 0}
 
     def over(self, weight: Mapping[str, float], scale: Mapping[str, float]) -> Tensor:
-        """The scalar to differentiate: each modality's sum over its global weight, times its scale (1 if not named)."""
-        terms = [self.total[m] * (scale.get(m, 1.0) / weight[m]) for m in self.total if weight.get(m, 0) > 0]
-        return torch.stack(terms).sum()
+        """The scalar to differentiate: each modality's sum over its global weight, times its scale (1 if not named).
+
+        A modality without weight counts nothing, and still gives its heads a gradient of zeros: what optimizers do to a
+        parameter does not depend on who had something to read.
+        """
+        factors = {m: scale.get(m, 1.0) / weight[m] if weight.get(m, 0) > 0 else 0.0 for m in self.total}
+        return torch.stack([self.total[m] * factor for m, factor in factors.items()]).sum()
 
 
 def add(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,15 +6,18 @@ added as integers, whose sum has no order.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from litchi.model.objective import Loss, corrupt, loss_of, weights_of
+from litchi.model.network import drawn
+from litchi.model.objective import Loss, loss_of, weights_of
 from litchi.parallel.collectives import Counter, all_reduce, gather_all, tree_all_reduce
+from litchi.parallel.context import share
 from litchi.parallel.leaf import Leaf
 from litchi.parallel.mesh import DATA, EXPERT_SHARD, SHARD, World
 from litchi.parallel.plan import Placed
@@ -29,7 +32,7 @@ Pair = tuple[Batch, Batch]
 
 def global_weights(placed: Placed, pairs: Sequence[Pair]) -> dict[str, float]:
     """The loss weight of each modality over all microbatches of all ranks, added in the order of microbatches."""
-    names = ["text", *placed.model.writers]
+    names = ["text", *drawn(placed.model.config)]
     own = [weights_of(placed.model, batch, corrupted) for batch, corrupted in pairs]
     rows = [weight.get(name, 0.0) for weight in own for name in names]
     return dict(zip(names, in_order(rows, len(names), placed.world.group(*DATA)), strict=True))
@@ -46,39 +49,60 @@ def in_order(rows: Sequence[float], width: int, group: dist.ProcessGroup | None)
 
 
 def backward(
-    placed: Placed, pairs: Sequence[Pair], weight: Mapping[str, float], scale: Mapping[str, float], dtype: torch.dtype
+    placed: Placed,
+    pairs: Sequence[Pair],
+    weight: Mapping[str, float],
+    scale: Mapping[str, float],
+    dtype: torch.dtype = torch.float32,
+    chunk: int = 0,
 ) -> dict[str, float]:
     """Leaves the whole gradient in each leaf's `local.grad`; returns the loss sum of each modality over all ranks.
 
-    `pairs` are this rank's microbatches, one a round.
+    `pairs` are the microbatches of this rank's data, one a round; `chunk` is that of `objective.text_loss`.
     """
     model, world, learned = placed.model, placed.world, placed.learned()
-    counter, totals = Counter(), []
-    names = ["text", *model.writers]
+    names = ["text", *drawn(model.config)]
+    shares = [(share(batch, model.config, world), share(read, model.config, world)) for batch, read in pairs]
     for leaf in learned:
         leaf.parameter.grad = None
-    for round_index, (batch, corrupted) in enumerate(pairs):
-        last = round_index == len(pairs) - 1
+    if placed.pipeline is not None:
+        loss = placed.pipeline.backward(shares, weight, scale, dtype)
+        losses = [] if loss is None else [loss]
+        add_up_whole(learned, world)
+        sums = [leaf.grad for leaf in learned]
+    else:
+        losses, sums = rounds(placed, shares, partial(Loss.over, weight=weight, scale=scale), dtype, chunk)
+    for leaf, gradient in zip(learned, sums, strict=True):
+        leaf.local.grad = gradient
+    add_up_slices(learned, world)
+    totals = [float(loss.total[name].detach()) if name in loss.total else 0.0 for loss in losses for name in names]
+    totals = totals or [0.0] * len(names)
+    return dict(zip(names, in_order(totals, len(names), world.group("pipeline", *DATA, "context")), strict=True))
+
+
+def rounds(
+    placed: Placed, pairs: Sequence[Pair], over: Callable[[Loss], Tensor], dtype: torch.dtype, chunk: int
+) -> tuple[list[Loss], list[Tensor | None]]:
+    """One microbatch after the other: their losses, and the sum of their gradients over all ranks of data."""
+    model, world, learned = placed.model, placed.world, placed.learned()
+    counter, losses = Counter(), []
+    for index, (batch, corrupted) in enumerate(pairs):
         if isinstance(model, FSDPModule):
+            last = index == len(pairs) - 1
             model.set_requires_gradient_sync(last or world.layout.exact or world.layout.zero > 1)
         with torch.autocast(world.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            loss = loss_of(model, batch, corrupted)
-        loss.over(weight, scale).backward()
-        totals += [float(loss.total[name].detach()) if name in loss.total else 0.0 for name in names]
+            loss = loss_of(model, batch, corrupted, chunk)
+        over(loss).backward()
+        losses.append(Loss({m: total.detach() for m, total in loss.total.items()}, loss.weight))
         if world.layout.exact:
             add_up_whole(learned, world)
             counter.push([leaf.grad for leaf in learned])
             for leaf in learned:
                 leaf.parameter.grad = None
     if world.layout.exact:
-        sums = counter.total()
-    else:
-        add_up_whole(learned, world)
-        sums = [leaf.grad for leaf in learned]
-    for leaf, gradient in zip(learned, sums, strict=True):
-        leaf.local.grad = gradient
-    add_up_slices(learned, world)
-    return dict(zip(names, in_order(totals, len(names), world.group(*DATA, "context")), strict=True))
+        return losses, counter.total()
+    add_up_whole(learned, world)
+    return losses, [leaf.grad for leaf in learned]
 
 
 # ---- sums over ranks ----------------------------------------------------------------------------------------------

@@ -30,6 +30,8 @@ class Leaf:
     world: World
     expert: bool = False
     """Whether ranks of the axis of experts hold different ones of its kind, so that each has this one whole."""
+    copy: bool = False
+    """Whether another rank of the pipeline has the same and speaks for it: a tied table, at the last stage."""
 
     @property
     def divided(self) -> bool:
@@ -67,7 +69,7 @@ class Leaf:
         world = self.world
         spare = ["replicate"] if self.divided else ["replicate", *(EXPERT_SHARD if self.expert else SHARD)]
         spare += [] if self.cut.dim is not None else ["tensor"]
-        return all(world.index(axis) == 0 for axis in spare)
+        return not self.copy and all(world.index(axis) == 0 for axis in spare)
 
     def part(self, whole: Tensor) -> Tensor:
         """This rank's values of a whole parameter, or of anything with its shape."""

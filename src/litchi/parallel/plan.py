@@ -1,37 +1,42 @@
-"""Put a network onto the ranks of a world, from outside, in one order: slices of matrices, then what ZeRO divides.
+"""Put a network onto the ranks of a world, from outside, in one stated order (`apply`).
 
 The names of parameters never change: a checkpoint of any layout is read in any other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from litchi.model.network import Model, ModelConfig, first_value
 from litchi.model.vision import SineTable
-from litchi.parallel import shard, tensor
+from litchi.parallel import context, expert, shard, tensor
 from litchi.parallel.leaf import Leaf, local_of
 from litchi.parallel.mesh import World
+from litchi.parallel.pipeline import Pipeline, split
 
 
 @dataclass(slots=True)
 class Placed:
-    """A network in its place, and its parameters by name."""
+    """A network in its place, and the parameters of this rank by name."""
 
     model: Model
+    """What this rank has of it; of several stages the first."""
     world: World
     leaves: dict[str, Leaf]
+    pipeline: Pipeline | None = None
+
+    @property
+    def models(self) -> list[Model]:
+        """One for each stage of this rank."""
+        return [self.model] if self.pipeline is None else self.pipeline.models
 
     def learned(self) -> list[Leaf]:
         return [leaf for leaf in self.leaves.values() if leaf.parameter.requires_grad]
-
-    def state(self) -> dict[str, Tensor]:
-        """The values on this rank, by name."""
-        return {name: leaf.local.detach() for name, leaf in self.leaves.items()}
 
 
 def build(c: ModelConfig, world: World, *, freeze: Callable[[Model], None] = lambda model: None) -> Placed:
@@ -40,28 +45,53 @@ def build(c: ModelConfig, world: World, *, freeze: Callable[[Model], None] = lam
         model = Model(c)
     freeze(model)
     placed = apply(model, world)
-    model.to_empty(device=world.device)
+    for stage in placed.models:
+        stage.to_empty(device=world.device)
     return take_leaves(placed)
 
 
 def apply(model: Model, world: World) -> Placed:
-    """Put a network, with values or without, in its place; it is changed."""
+    """Put a network, with values or without, in its place; it is changed.
+
+    In this order: slices of matrices, tokens of a batch, experts, stages, and last what ZeRO divides. Raises BadInput
+    if something cannot be divided.
+    """
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     tensor.apply(model, world)
-    shard.apply(model, world, set())
-    shared = tensor.shares_tokens(model.config, world)
-    leaves = {}
-    for name, parameter in model.named_parameters():
-        cut = tensor.slice_of(name, len(shapes[name]), shared=shared) if world.degree("tensor") > 1 else tensor.Slice()
-        leaves[name] = Leaf(name, parameter, parameter, shapes[name], cut, world)
-    placed = Placed(model, world, leaves)
-    return placed if any(p.is_meta for p in model.parameters()) else take_leaves(placed)
+    context.apply(model, world)
+    expert.apply(model, world)
+    pipeline = split(model, world) if world.degree("pipeline") > 1 else None
+    placed = Placed(model if pipeline is None else pipeline.models[0], world, {}, pipeline)
+    shared_out = world.degree("expert") > 1
+    for stage in placed.models:
+        whole = {p for name, p in stage.named_parameters() if shared_out and expert.is_expert(name)}
+        shard.apply(stage, world, whole | (pipeline.borrowed(stage) if pipeline else set()))
+    rule = partial(tensor.slice_of, shared=tensor.shares_tokens(model.config, world))
+    copies = pipeline.copies() if pipeline else set()
+    for name, parameter in parameters(placed):
+        cut = rule(name, len(shapes[name])) if world.degree("tensor") > 1 else tensor.Slice()
+        placed.leaves[name] = Leaf(
+            name,
+            parameter,
+            parameter,
+            shapes[name],
+            cut,
+            world,
+            expert=shared_out and expert.is_expert(name),
+            copy=name in copies,
+        )
+    return placed if any(leaf.parameter.is_meta for leaf in placed.leaves.values()) else take_leaves(placed)
+
+
+def parameters(placed: Placed) -> Iterator[tuple[str, nn.Parameter]]:
+    return placed.model.named_parameters() if placed.pipeline is None else placed.pipeline.named_parameters()
 
 
 def take_leaves(placed: Placed) -> Placed:
     """Look up the parameters again, after they have been given memory."""
-    shard.settle_memory(placed.model)
-    for name, parameter in placed.model.named_parameters():
+    for stage in placed.models:
+        shard.settle_memory(stage)
+    for name, parameter in parameters(placed):
         placed.leaves[name].parameter, placed.leaves[name].local = parameter, local_of(parameter)
     return placed
 
@@ -82,5 +112,6 @@ def initialise(placed: Placed, seed: int) -> None:
 def first_values(placed: Placed, seed: int) -> Callable[[str, tuple[int, ...]], Tensor]:
     """What each parameter begins with, from (seed, name) alone; fixed tables have their own values."""
     c = placed.model.config
-    tables = {f"{name}.weight": m for name, m in placed.model.named_modules() if isinstance(m, SineTable)}
+    modules = (found for stage in placed.models for found in stage.named_modules())
+    tables = {f"{name}.weight": m for name, m in modules if isinstance(m, SineTable)}
     return lambda name, shape: tables[name].values() if name in tables else first_value(c, name, shape, seed)

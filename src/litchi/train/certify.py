@@ -2,7 +2,7 @@
 
     litchi certify
 
-Four local ranks read the same four microbatches as one process does, in fp32. A layout passes where no loss and no
+Four local ranks read the same eight microbatches as one process does, in fp32. A layout passes where no loss and no
 gradient differs by more than `TOLERANCE`, relative to the largest value of that gradient.
 """
 
@@ -33,7 +33,7 @@ ZERO = 1e-3
 """A gradient below this share of the largest one is measured against that share: those of key biases are zero but for
 rounding, since a softmax does not see them."""
 
-NUM_MICROBATCHES = 4
+NUM_MICROBATCHES = 8
 ROW = 64
 
 MODEL = ModelConfig(
@@ -80,30 +80,51 @@ class Finding:
 
 def cases() -> list[Case]:
     """Every axis and every legal pair, on four ranks."""
-    return [
-        Case("data", Layout(zero=0)),
-        Case("ZeRO-1", Layout(zero=1)),
-        Case("ZeRO-2", Layout(zero=2)),
-        Case("ZeRO-3", Layout(zero=3)),
-        Case("ZeRO-1, stock sums", Layout(zero=1, exact=False)),
-        Case("ZeRO-3, stock sums", Layout(zero=3, exact=False)),
-        Case("HSDP 2x2", Layout(replicate=2)),
-        Case("tensor 4", Layout(tensor=4)),
-        Case("tensor 4, tokens not shared", Layout(tensor=4, sequence=False)),
-        Case("tensor 2 x data 2", Layout(tensor=2, zero=0)),
-        Case("tensor 2 x ZeRO-3 2", Layout(tensor=2)),
-        Case("tensor 2 x ZeRO-3 2, experts", Layout(tensor=2), MIXTURE),
-    ]
+    return [*axes(), *pairs()]
+
+
+def axes() -> Iterator[Case]:
+    """Each axis alone, in each of its ways."""
+    for zero, name in enumerate(("data", "ZeRO-1", "ZeRO-2", "ZeRO-3")):
+        yield Case(name, Layout(zero=zero))
+    yield Case("ZeRO-1, sums of the library", Layout(zero=1, exact=False))
+    yield Case("ZeRO-3, sums of the library", Layout(zero=3, exact=False))
+    yield Case("HSDP 2x2", Layout(replicate=2))
+    yield Case("tensor", Layout(tensor=4))
+    yield Case("tensor, tokens not shared", Layout(tensor=4, sequence=False))
+    for attention in ("ulysses", "gather"):
+        yield Case(f"context, {attention}", Layout(context=4, attention=attention))
+    yield Case("expert", Layout(expert=4), MIXTURE)
+    for schedule in ("gpipe", "1f1b"):
+        yield Case(f"pipeline, {schedule}", Layout(pipeline=4, schedule=schedule))
+    for schedule in ("interleaved", "loop", "zero_bubble", "zbv", "dualpipev"):
+        yield Case(f"pipeline, {schedule}, twice", Layout(pipeline=2, schedule=schedule))
+
+
+def pairs() -> Iterator[Case]:
+    """Two axes of two ranks each; data is ZeRO-3 unless named otherwise."""
+    two = {"tensor": Layout(tensor=2), "context": Layout(context=2, attention="gather"), "pipeline": Layout(pipeline=2)}
+    for name, layout in two.items():
+        yield Case(f"{name} x ZeRO-3", layout)
+        yield Case(f"{name} x data", replace(layout, zero=0))
+        yield Case(f"{name} x replicate", replace(layout, replicate=2))
+        yield Case(f"{name} x expert", replace(layout, expert=2), MIXTURE)
+        yield Case(f"{name} x ZeRO-3, with experts", layout, MIXTURE)
+    yield Case("tensor x context", Layout(tensor=2, context=2))
+    yield Case("tensor x pipeline", Layout(tensor=2, pipeline=2))
+    yield Case("context x pipeline", Layout(context=2, pipeline=2))
+    yield Case("replicate x expert", Layout(replicate=2, expert=2), MIXTURE)
+    yield Case("ZeRO-3 x expert", Layout(expert=2), MIXTURE)
 
 
 def certify(crew: Crew, asked: Sequence[Case], kinds: Sequence[str] = KINDS) -> Iterator[Finding]:
     """One finding for each case and kind of batch."""
-    alone: dict[tuple[ModelConfig, str], Probe] = {}
+    alone: dict[tuple[Mixture | None, str], Probe] = {}
     for case in asked:
         for kind in kinds:
             if (case.model.mixture, kind) not in alone:
                 alone[case.model.mixture, kind] = probe(Layout(data=1), case.model, kind)
-            found = crew.run(probe_of_rank, case.layout, case.model, kind)[0]
+            found = crew.run(probe, case.layout, case.model, kind)
             yield compare(case.name, kind, found, alone[case.model.mixture, kind])
 
 
@@ -116,14 +137,20 @@ class Probe:
     norm: float
 
 
-def compare(case: str, kind: str, found: Probe, alone: Probe) -> Finding:
-    loss = max(difference(np.array(found.losses[m]), np.array(alone.losses[m])) for m in alone.losses)
-    loss = max(loss, difference(np.array(found.norm), np.array(alone.norm)))
-    if found.gradients.keys() != alone.gradients.keys():
-        odd = sorted(found.gradients.keys() ^ alone.gradients.keys())
-        return Finding(case, kind, loss, float("inf"), odd[0])
+def compare(case: str, kind: str, ranks: Sequence[Probe], alone: Probe) -> Finding:
+    """The worst of all ranks; between them they must have every gradient."""
+    loss = max(
+        difference(np.array(found), np.array(expected))
+        for probe in ranks
+        for found, expected in ((probe.norm, alone.norm), *((probe.losses[m], alone.losses[m]) for m in alone.losses))
+    )
+    if missing := sorted(alone.gradients.keys() ^ {name for probe in ranks for name in probe.gradients}):
+        return Finding(case, kind, loss, float("inf"), missing[0])
     least = ZERO * max(float(np.abs(gradient).max()) for gradient in alone.gradients.values())
-    gaps = {name: difference(found.gradients[name], g, least) for name, g in alone.gradients.items()}
+    gaps: dict[str, float] = {}
+    for probe in ranks:
+        for name, gradient in probe.gradients.items():
+            gaps[name] = max(gaps.get(name, 0.0), difference(gradient, alone.gradients[name], least))
     worst = max(gaps, key=lambda name: gaps[name])
     return Finding(case, kind, loss, gaps[worst], worst)
 
@@ -136,25 +163,20 @@ def difference(a: ndarray, b: ndarray, least: float = 1e-12) -> float:
 # ---- on each rank -------------------------------------------------------------------------------------------------
 
 
-def probe_of_rank(layout: Layout, config: ModelConfig, kind: str) -> Probe | None:
-    """As `probe`, on one of several ranks; all but the first have nothing to tell."""
-    found = probe(layout, config, kind)
-    return found if torch.distributed.get_rank() == 0 else None
-
-
 def probe(layout: Layout, config: ModelConfig, kind: str) -> Probe:
     """Loss and gradients of a layout for the microbatches of a kind."""
     world = World() if layout == Layout(data=1) else join(layout, torch.device("cpu"))
     placed = build(config, world)
     values = first_values(placed, seed=0)
     fill(placed, lambda name, shape: loud(name, values(name, shape)))
-    placed.model.train()
+    for stage in placed.models:
+        stage.train()
     first, ranks = world.index(*DATA), world.degree(*DATA)
     pairs = []
     for m in range(first, NUM_MICROBATCHES, ranks):
         pairs.append(whole_pair(placed.model, microbatch(kind, m), microbatch_generator(0, 0, m)))
     weight = global_weights(placed, pairs)
-    losses = backward(placed, pairs, weight, {}, torch.float32)
+    losses = backward(placed, pairs, weight, {})
     found = norm(placed)
     whole = {leaf.name: leaf.whole(g).numpy() for leaf in placed.learned() if (g := leaf.local.grad) is not None}
     return Probe(losses, whole, found)

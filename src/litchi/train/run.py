@@ -8,8 +8,8 @@ import os
 import shutil
 import signal
 import time
-from functools import partial
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,9 @@ from litchi.parallel.checkpoint import Saver, newest, step_name
 from litchi.parallel.collectives import gather_all
 from litchi.parallel.leaf import Leaf
 from litchi.parallel.mesh import DATA, Layout, World, join, leave
-from litchi.parallel.plan import Placed, build, fill, first_values
 from litchi.parallel.pieces import Piece
 from litchi.parallel.pieces import fill as read_pieces
+from litchi.parallel.plan import Placed, build, fill, first_values
 from litchi.record import Progress, Recorder
 from litchi.schema.processor import Processor
 from litchi.train.batches import BatchConfig, Batches, Samples, check_coverage, coverage

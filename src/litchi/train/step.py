@@ -48,7 +48,8 @@ def train_step(
     `draw` is (seed, step): with m, all that corruption depends on. Raises BadInput if nothing at all is supervised.
     """
     model, world = placed.model, placed.world
-    model.train()
+    for stage in placed.models:
+        stage.train()
     first, ranks = world.index(*DATA), world.degree(*DATA)
     pairs = [whole_pair(model, b, microbatch_generator(*draw, first + i * ranks)) for i, b in enumerate(batches)]
     weight = global_weights(placed, pairs)
