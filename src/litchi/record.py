@@ -24,8 +24,8 @@ class Recorder:
     """Appends rows to `folder`/metrics.jsonl, one JSON object a line.
 
     A line counts from its newline on, so that a kill between any two instructions loses at most the row being written.
-    With `tensorboard` the numbers also go to `folder`/tensorboard; raises BadInput if it is not installed. A `silent` one
-    writes nothing: of many ranks one speaks.
+    With `tensorboard` the numbers also go to `folder`/tensorboard; raises BadInput if it is not installed. A `silent`
+    one writes nothing: of many ranks one speaks.
     """
 
     def __init__(self, folder: Path, *, tensorboard: bool = False, silent: bool = False) -> None:

@@ -1,7 +1,7 @@
 """What ranks exchange: collectives that autograd runs backwards, and sums whose order does not depend on who sums.
 
-Each function takes a process group, or None for a rank that is alone, and then exchanges nothing. The first dimension is
-the one that is cut and joined.
+Each function takes a process group, or None for a rank that is alone, and then exchanges nothing. The first dimension
+is the one that is cut and joined.
 """
 
 from __future__ import annotations

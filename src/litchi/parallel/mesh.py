@@ -36,7 +36,10 @@ class Layout:
     replicate: int = 1
     """Groups of data parallelism that each hold all weights between them (HSDP); 1 is one such group."""
     zero: Literal[0, 1, 2, 3] = 3
-    """What data parallelism divides: 0 nothing, 1 the optimizer's state, 2 gradients as well, 3 weights as well."""
+    """What data parallelism divides: 0 nothing, 1 the optimizer's state, 2 gradients as well, 3 weights as well.
+
+    In a pipeline 3 is as 2 during a step: its schedules go back to a stage's weights too often to gather them anew.
+    """
     tensor: int = 1
     sequence: bool = True
     """Whether ranks of tensor parallelism share out tokens between the matrices (Megatron's sequence parallelism)."""

@@ -42,8 +42,9 @@ def apply(model: Model, world: World, whole: set[nn.Parameter]) -> None:
     mesh = world.submesh(*SHARD)
     if mesh is None or not divides(world):
         return
+    together = world.layout.zero < 3 or world.degree("pipeline") > 1
     for module in units(model):
-        again = world.layout.zero == 3 and module is not model  # heads are read after the forward
+        again = not together and module is not model  # heads are read after the forward
         fully_shard(module, mesh=mesh, reshard_after_forward=again, ignored_params=whole or None)
         settle(module, world)
 
@@ -68,7 +69,7 @@ def settle(module: nn.Module, world: World) -> None:
 
 
 def settle_memory(model: nn.Module) -> None:
-    """Let FSDP2 lay out its memory now and not in the first forward, so that parts of parameters stay where they are."""
+    """Let FSDP2 lay out its memory now and not in the first forward, so that parts stay where they are."""
     if isinstance(model, FSDPModule):
         model._get_fsdp_state()._lazy_init()
 

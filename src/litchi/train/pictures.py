@@ -19,7 +19,7 @@ SEARCHED = 400
 
 
 class Pictures:
-    """Keeps a few samples that end in a picture to draw; the rest of each is the prompt. A `silent` one draws nothing."""
+    """Keeps a few samples that end in a picture to draw; the rest of each is the prompt. If `silent`, draws nothing."""
 
     def __init__(
         self, folder: Path, processor: Processor, samples: Samples, count: int = 8, *, silent: bool = False
