@@ -4,29 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from litchi.config import BadInput
 from litchi.model.network import Model, initialise
 from litchi.model.objective import Loss, corrupt, loss_of, weights_of
-from litchi.parallel.collectives import all_gather
+from litchi.parallel import shard, tensor
+from litchi.parallel.collectives import Counter, all_reduce, tree_all_reduce
 from litchi.parallel.crew import Crew
-from litchi.parallel.mesh import DATA, Layout, Schedule, World, join
+from litchi.parallel.leaf import Leaf
+from litchi.parallel.mesh import DATA, Layout, Schedule, join
 from litchi.parallel.pipeline import Pair, Pipeline, split
-from litchi.parallel.stages import SCHEDULES
+from litchi.parallel.stages import SCHEDULES, Action, order
 from litchi.schema.sample import Sample
-from litchi.schema.sequence import pack_rows
+from litchi.schema.sequence import TokenSequence, pack_rows
 from tests.laws.documents import model as small
 from tests.laws.documents import part, processor
 
-ROW, LAYERS = 64, 8
+ROW, SCALE = 48, {"image": 0.5}
 KINDS = {
     "text": [["user", "answer"], ["answer"]],
     "image": [["user", "draw"], ["draw", "user", "answer"], ["answer"]],
@@ -37,7 +38,8 @@ KINDS = {
 
 
 @cache
-def whole(kind: str, tied: bool, layers: int = LAYERS) -> Model:
+def whole(kind: str, tied: bool, layers: int) -> Model:
+    """The network of one process, with heads that do not start at zero."""
     like = small(processor(tower=kind == "vision"))
     torch.manual_seed(0)
     model = Model(replace(like.config, num_layers=layers, tied=tied))
@@ -47,15 +49,18 @@ def whole(kind: str, tied: bool, layers: int = LAYERS) -> Model:
     return model
 
 
+def document(kind: str, number: int) -> TokenSequence:
+    p, rng = processor(tower=kind == "vision"), np.random.default_rng(number)
+    parts = KINDS[kind][number % len(KINDS[kind])]
+    return p.encode(Sample(tuple(part(k, rng) for k in parts), key=str(number), source="law"), rng)
+
+
 @cache
 def microbatches(kind: str, count: int) -> list[Pair]:
-    p, model = processor(tower=kind == "vision"), whole(kind, True)
+    p, model = processor(tower=kind == "vision"), whole(kind, True, 1)
     pairs = []
     for m in range(count):
-        rng = np.random.default_rng(m)
-        parts = KINDS[kind][m % len(KINDS[kind])]
-        rows = [[p.encode(Sample(tuple(part(k, rng) for k in parts), key=str(m), source="law"), rng)] for _ in range(2)]
-        batch = pack_rows(rows, ROW, p.tokenizer.pad)
+        batch = pack_rows([[document(kind, m)], [document(kind, m + count)]], ROW, p.tokenizer.pad)
         pairs.append((batch, corrupt(model, batch, torch.Generator().manual_seed(m))))
     return pairs
 
@@ -69,18 +74,22 @@ def global_weight(model: Model, pairs: Sequence[Pair]) -> dict[str, float]:
 
 
 @cache
-def alone(kind: str, tied: bool, count: int, layers: int = LAYERS) -> tuple[dict[str, float], dict[str, Tensor]]:
+def alone(kind: str, tied: bool, layers: int, count: int) -> tuple[dict[str, float], dict[str, Tensor]]:
     """The loss and gradients of one process."""
     model, pairs = copy_of(whole(kind, tied, layers)), microbatches(kind, count)
     weight = global_weight(model, pairs)
     losses: list[Loss] = []
     for pair in pairs:
         losses.append(loss_of(model, *pair))
-        losses[-1].over(weight, {"image": 0.5}).backward()
+        losses[-1].over(weight, SCALE).backward()
     total = losses[0]
     for loss in losses[1:]:
         total = total + loss
     return total.means(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def local(x: Tensor) -> Tensor:
+    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def copy_of(model: Model) -> Model:
@@ -97,7 +106,7 @@ def worst(pipeline: Pipeline, loss: Loss | None, expected: tuple[dict[str, float
     """The largest relative difference of a loss or a gradient on this rank; infinite if one is missing or too many."""
     means, grads = expected
     found = {name: p.grad for name, p in pipeline.named_parameters() if p.grad is not None}
-    away = [difference(grad, grads[name]) for name, grad in found.items()]
+    away = [difference(local(grad), grads[name]) for name, grad in found.items()]
     missing = {name for name, _ in pipeline.named_parameters() if name in grads} - set(found)
     if loss is not None:
         away += [abs(value - means[m]) / abs(means[m]) for m, value in loss.means().items()]
@@ -105,29 +114,195 @@ def worst(pipeline: Pipeline, loss: Loss | None, expected: tuple[dict[str, float
 
 
 def certify(schedule: Schedule, ranks: int, cases: Sequence[tuple[str, bool]]) -> list[tuple[float, set[str]]]:
+    """The worst difference, and the parameters that this rank calls its own, for each case."""
     world = join(Layout(pipeline=ranks, schedule=schedule), torch.device("cpu"))
-    rows = []
+    layers, count, rows = 2 * ranks, 2 * ranks, []
     for kind, tied in cases:
-        pairs = microbatches(kind, 8)
-        pipeline = split(copy_of(whole(kind, tied)), world)
-        weight = global_weight(pipeline.models[0], pairs)
-        loss = pipeline.backward(pairs, weight, {"image": 0.5})
+        pairs = microbatches(kind, count)
+        pipeline = split(copy_of(whole(kind, tied, layers)), world)
+        loss = pipeline.backward(pairs, global_weight(pipeline.models[0], pairs), SCALE)
         assert (loss is not None) == (pipeline.last in pipeline.stages)
         names = {name for name, _ in pipeline.named_parameters()} - pipeline.copies()
-        rows.append((worst(pipeline, loss, alone(kind, tied, 8)), names))
+        rows.append((worst(pipeline, loss, alone(kind, tied, layers, count)), names))
     return rows
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_loss_and_gradients_are_one_process_s(crew: Crew, schedule: Schedule, ranks: int):
-    cases = (
-        [(kind, tied) for kind in KINDS for tied in (False, True)]
-        if ranks == 2
-        else [("image", True), ("vision", False)]
-    )
+    odd = list(SCHEDULES).index(schedule) % 2
+    cases = [(kind, (place + odd) % 2 == 0) for place, kind in enumerate(KINDS)]
+    cases = cases if ranks == 2 else cases[1:3]
     answers = crew.run(certify, schedule, ranks, cases, size=ranks)
     for place, (kind, tied) in enumerate(cases):
         assert max(answer[place][0] for answer in answers) <= 1e-5, (kind, tied)
         names = [name for answer in answers for name in answer[place][1]]
-        assert sorted(names) == sorted(name for name, _ in whole(kind, tied).named_parameters())
+        assert sorted(names) == sorted(name for name, _ in whole(kind, tied, 2 * ranks).named_parameters())
+
+
+def untied_by_mistake(schedule: Schedule) -> float:
+    world = join(Layout(pipeline=2, schedule=schedule), torch.device("cpu"))
+    pairs, pipeline = microbatches("text", 4), split(copy_of(whole("text", True, 4)), world)
+    pipeline.tie = lambda: None
+    loss = pipeline.backward(pairs, global_weight(pipeline.models[0], pairs), SCALE)
+    return worst(pipeline, loss, alone("text", True, 4, 4))
+
+
+def test_a_table_whose_gradients_are_not_summed_is_noticed(crew: Crew):
+    assert min(crew.run(untied_by_mistake, "1f1b", size=2)) > 1e-2
+
+
+def tables(schedule: Schedule) -> list[Tensor]:
+    """The table of words on a rank that has it, after each of two steps of Adam."""
+    world = join(Layout(pipeline=2, schedule=schedule), torch.device("cpu"))
+    pipeline = split(copy_of(whole("image", True, 4)), world)
+    optimizer, found = torch.optim.AdamW([p for _, p in pipeline.named_parameters()], lr=1e-2), []
+    for count in (2, 4):
+        pairs = microbatches("image", count)
+        optimizer.zero_grad()
+        pipeline.backward(pairs, global_weight(pipeline.models[0], pairs), SCALE)
+        optimizer.step()
+        found.append(dict(pipeline.named_parameters())["embed_tokens.weight"].detach().clone())
+    return found
+
+
+def test_tied_tables_stay_equal_in_every_bit(crew: Crew):
+    first, last = crew.run(tables, "1f1b", size=2)
+    assert all(torch.equal(a, b) for a, b in zip(first, last, strict=True))
+    assert not torch.equal(first[0], first[1])
+
+
+# ---- with other axes ----------------------------------------------------------------------------------------------
+
+
+def certify_zero(schedule: Schedule, tied: bool) -> float:
+    """Two pipelines, whose ranks at the same stage divide their weights by FSDP2."""
+    world = join(Layout(pipeline=2, schedule=schedule, zero=2, exact=False), torch.device("cpu"))
+    pairs, pipeline = microbatches("vision", 8), split(copy_of(whole("vision", tied, 4)), world)
+    for model in pipeline.models:
+        shard.apply(model, world, pipeline.borrowed(model))
+    weight = global_weight(pipeline.models[0], pairs)
+    loss = pipeline.backward(pairs[world.index(*DATA) :: 2], weight, SCALE)
+    means = {m: value for m, value in alone("vision", tied, 4, 8)[0].items() if loss is None}
+    assert all(isinstance(p, DTensor) for _, p in pipeline.named_parameters())
+    return worst(pipeline, None, (means, alone("vision", tied, 4, 8)[1]))
+
+
+@pytest.mark.parametrize(("schedule", "tied"), [("gpipe", True), ("1f1b", False), ("zero_bubble", True), ("zbv", True)])
+def test_zero_divides_the_weights_of_stages(crew: Crew, schedule: Schedule, tied: bool):
+    assert max(crew.run(certify_zero, schedule, tied)) <= 1e-5
+
+
+def certify_tensor(schedule: Schedule, sequence: bool) -> float:
+    """A pipeline whose stages are cut over two ranks each."""
+    world = join(Layout(pipeline=2, tensor=2, schedule=schedule, sequence=sequence), torch.device("cpu"))
+    model, pairs = copy_of(whole("image", True, 4)), microbatches("image", 4)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    tensor.apply(model, world)
+    pipeline = split(model, world)
+    loss = pipeline.backward(pairs, global_weight(pipeline.models[0], pairs), SCALE)
+    means, grads = alone("image", True, 4, 4)
+    cut, group = {}, world.group("tensor")
+    for name, parameter in pipeline.named_parameters():
+        how = tensor.slice_of(name, len(shapes[name]), shared=tensor.shares_tokens(model.config, world))
+        cut[name] = Leaf(name, parameter, parameter, tuple(shapes[name]), how, world).part(grads[name])
+        if how.partial:
+            all_reduce(parameter.grad, group)
+    return worst(pipeline, loss, (means, cut))
+
+
+@pytest.mark.parametrize(("schedule", "sequence"), [("1f1b", True), ("zbv", False), ("zero_bubble", True)])
+def test_matrices_of_stages_are_cut(crew: Crew, schedule: Schedule, sequence: bool):
+    assert max(crew.run(certify_tensor, schedule, sequence)) <= 1e-5
+
+
+def summed_in_order(schedule: Schedule, zero: int, ranks: int) -> dict[str, Tensor]:
+    """Gradients of four microbatches, added one by one in the order of microbatches, whoever read them."""
+    world = join(Layout(pipeline=2, schedule=schedule, zero=zero), torch.device("cpu"))
+    pairs, pipeline = microbatches("image", 8), split(copy_of(whole("image", True, 4)), world)
+    for model in pipeline.models:
+        shard.apply(model, world, pipeline.borrowed(model))
+    counters = {id(model): Counter() for model in pipeline.models}
+
+    def add(model: Model) -> None:
+        for parameter in model.parameters():
+            if not isinstance(parameter, DTensor):
+                tree_all_reduce(parameter.grad, world.group(*DATA))
+        counters[id(model)].push([p.grad for p in model.parameters()])
+        for parameter in model.parameters():
+            parameter.grad = None
+
+    pipeline.backward(pairs[world.index(*DATA) :: ranks], global_weight(pipeline.models[0], pairs), SCALE, after=add)
+    for model in pipeline.models:
+        for parameter, gradient in zip(model.parameters(), counters[id(model)].total(), strict=True):
+            parameter.grad = gradient
+    pipeline.tie()
+    return {name: local(p.grad).clone() for name, p in pipeline.named_parameters()}
+
+
+@pytest.mark.parametrize(("schedule", "zero"), [("1f1b", 0), ("1f1b", 2), ("zero_bubble", 2)])
+def test_sums_in_one_order_are_the_same_bits_for_one_pipeline_and_two(crew: Crew, schedule: Schedule, zero: int):
+    one = crew.run(summed_in_order, schedule, zero, 1, size=2)
+    two = crew.run(summed_in_order, schedule, zero, 2)
+    for rank, grads in enumerate(two):
+        assert grads.keys() == one[rank // 2].keys()
+        assert all(torch.equal(grads[name], one[rank // 2][name]) for name in grads)
+
+
+# ---- without gradients, and costs ---------------------------------------------------------------------------------
+
+
+def evaluated(schedule: Schedule) -> tuple[dict[str, float], list[Tensor]] | None:
+    world = join(Layout(pipeline=2, schedule=schedule), torch.device("cpu"))
+    pipeline = split(copy_of(whole("vision", False, 4)), world)
+    longer = pack_rows([[document("vision", 9)]], 2 * ROW + 8, 0)
+    pairs = [*microbatches("vision", 2), (longer, longer)]
+    loss, read = pipeline.evaluate(pairs), pipeline.read([corrupted for _, corrupted in pairs])
+    return None if loss is None or read is None else (loss.means(), read)
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "interleaved", "zbv"])
+def test_evaluation_reads_microbatches_of_any_length(crew: Crew, schedule: Schedule):
+    answers = [answer for answer in crew.run(evaluated, schedule, size=2) if answer is not None]
+    assert len(answers) == 1
+    longer = pack_rows([[document("vision", 9)]], 2 * ROW + 8, 0)
+    model, pairs = whole("vision", False, 4), [*microbatches("vision", 2), (longer, longer)]
+    with torch.no_grad():
+        losses = [loss_of(model, *pair) for pair in pairs]
+        assert all(torch.equal(ours, model(b)) for ours, (_, b) in zip(answers[0][1], pairs, strict=True))
+    assert answers[0][0] == pytest.approx((losses[0] + losses[1] + losses[2]).means(), rel=1e-6)
+
+
+def traced(schedule: Schedule) -> tuple[list[Action], list[float]]:
+    world = join(Layout(pipeline=2, schedule=schedule), torch.device("cpu"))
+    pairs, pipeline = microbatches("text", 4), split(copy_of(whole("text", True, 4)), world)
+    pipeline.backward(pairs, global_weight(pipeline.models[0], pairs), SCALE)
+    return [moment.action for moment in pipeline.step.trace], pipeline.waits()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_ranks_do_what_the_planner_says_and_tell_how_long_they_waited(crew: Crew, schedule: Schedule):
+    answers = crew.run(traced, schedule, size=2)
+    assert [actions for actions, _ in answers] == order(schedule, 2, 4)
+    assert answers[0][1] == answers[1][1]
+    assert all(0 < share < 1 for share in answers[0][1])
+
+
+# ---- what is refused ----------------------------------------------------------------------------------------------
+
+
+def refused(count: int, ragged: bool) -> str:
+    world = join(Layout(pipeline=2, schedule="1f1b"), torch.device("cpu"))
+    pairs = microbatches("text", count)
+    longer = pack_rows([[document("text", 9)]], 2 * ROW + 8, 0)
+    try:
+        split(copy_of(whole("text", True, 4)), world).backward([*pairs, *[(longer, longer)] * ragged], {}, {})
+    except BadInput as wrong:
+        return str(wrong)
+    return ""
+
+
+def test_what_a_schedule_cannot_run_is_refused_by_every_rank(crew: Crew):
+    few, ragged = crew.run(refused, 1, False, size=2), crew.run(refused, 3, True, size=2)
+    assert few == ["train.num_accumulate=1 is too few for the schedule 1f1b over 2 ranks: set it to 2 or more"] * 2
+    assert all("have 96 and 104 tokens" in said for said in ragged)

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.tensor import DTensor
 
@@ -331,8 +332,14 @@ class Station(PipelineStage):
         self.told()
 
     def told(self) -> None:
-        if self.pipeline.step.after is not None:
-            self.pipeline.step.after(self.pipeline.stages[self.stage_index])
+        """Let `after` know, once ZeRO has summed over its ranks; weights are gathered again, as torch left them."""
+        after, model = self.pipeline.step.after, self.pipeline.stages[self.stage_index]
+        if after is not None:
+            self.perform_reduce_grad(1)
+            after(model)
+            for module in model.modules():
+                if isinstance(module, FSDPModule):
+                    module.unshard()
 
     @contextmanager
     def noted(self, work: Work, microbatch: int) -> Iterator[None]:

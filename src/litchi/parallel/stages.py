@@ -109,7 +109,8 @@ def deal(c: ModelConfig, num_stages: int, *, sight: float = 0.5) -> list[range]:
 
 
 def cut(length: int, floor: Sequence[int], cost: Callable[[int, int], float]) -> list[int]:
-    """Where rows of at least `floor` things end, so that the largest cost, and then the sum of squares, is least."""
+    """Where rows of at least `floor` things end, so that the largest cost, and then the sum of squares, is least; early rows
+    are the shorter ones, since first stages keep most microbatches."""
     best: list[dict[int, tuple[float, float, tuple[int, ...]]]] = [{0: (0.0, 0.0, ())}]
     for stage, least in enumerate(floor):
         found: dict[int, tuple[float, float, tuple[int, ...]]] = {}
@@ -134,7 +135,7 @@ def costs(c: ModelConfig, sight: float) -> tuple[float, float, float]:
     before = 0.0
     for kind in c.modalities.values():
         if isinstance(kind, Tower):
-            patch = kind.num_layers * (4 * kind.width**2 + 2 * kind.width * kind.mlp_width)
+            patch = kind.num_layers * (4 * kind.width**2 + 2 * kind.width * (kind.mlp_width or 4 * kind.width))
             before += sight * kind.merge**2 * (patch + kind.channels * kind.width)
     return before, float(attention + matrices * c.width * wide), float(c.vocab_size * c.width)
 
