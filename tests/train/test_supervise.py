@@ -25,7 +25,7 @@ from tests.train import toy
 PLAN = Plan(ranks=3, restarts=2, poll=0.02, settle=0.5, lag=1.0)
 TWO = replace(PLAN, ranks=2)
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["tests.train.toy"])  # torch is imported once for all ranks of all tests
+SERVER.set_forkserver_preload(["__main__", __name__])  # torch is imported once for all ranks of all tests
 
 
 class Forked:
@@ -45,9 +45,6 @@ class Forked:
 
     def kill(self) -> None:
         self.process.kill()
-
-    def wait(self) -> None:
-        self.process.join()
 
 
 def live(place: dict[str, str], folder: Path, trick: str, steps: int) -> None:

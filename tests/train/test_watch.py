@@ -18,7 +18,7 @@ from torch import nn
 from litchi.config import BadInput
 from litchi.parallel.crew import Crew
 from litchi.parallel.mesh import Layout, World, join
-from litchi.train.blame import HUNG, Standing, blame, read_standings, standing_path, straggling
+from litchi.train.blame import HUNG, Standing, blame, read_standings, standing_path, straggling, write_standing
 from litchi.train.watch import Shares, Watch, WatchConfig, agreed, await_path, locate, outwards
 from tests.house.sources import ROOT
 
@@ -124,6 +124,10 @@ def test_a_slow_rank_is_slow_against_the_others() -> None:
 def test_a_torn_or_missing_standing_is_no_standing(tmp_path: Path) -> None:
     standing_path(tmp_path, 0).write_text('{"rank": 0, "ho')
     assert read_standings(tmp_path, 2) == {}
+    long, short = stands(0, issued={f"group{i}": i for i in range(999)}), stands(0)
+    for standing in (short, long, short):
+        write_standing(tmp_path, standing)
+        assert read_standings(tmp_path, 1) == {0: standing}
 
 
 # ---- watch --------------------------------------------------------------------------------------------------------
@@ -173,6 +177,17 @@ def test_patience_ends_once_steps_have_a_length(tmp_path: Path) -> None:
     strict.now = "train"
     strict.times.extend([10.0] * 9)
     assert strict.limit() == 5.0
+
+
+def test_a_rank_alone_is_not_ended_in_a_debugger(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Nobody waits for it and nobody would start it again; it says where it stands and goes on."""
+    config = WatchConfig(patience=0.05, sample=0.01, grace=0.0)
+    with Watch(World(), tmp_path, config) as watch:
+        until = time.monotonic() + 20
+        while not (tmp_path / "ranks" / "rank_00000.trace").exists() and time.monotonic() < until:
+            time.sleep(0.01)
+    said = capfd.readouterr().err
+    assert said.startswith("litchi: rank 0 (") and "hangs in step 1 at tests/train/test_watch.py:" in said, said
 
 
 def test_own_time_is_what_is_not_waited() -> None:
