@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import sys
@@ -16,23 +15,18 @@ from pathlib import Path
 
 import pytest
 
-from litchi.parallel.mesh import World
-from litchi.train.blame import HUNG
 from litchi.train.supervise import Plan, Process, environment, supervise
-from litchi.train.watch import Watch
 from tests.train import toy
 
 PLAN = Plan(ranks=3, restarts=2, poll=0.02, settle=0.5, lag=1.0)
 TWO = replace(PLAN, ranks=2)
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["__main__", __name__])  # torch is imported once for all ranks of all tests
 
 
 class Forked:
     """A rank of the toy, as a child of the server."""
 
     def __init__(self, place: Mapping[str, str], folder: Path, trick: str, steps: int) -> None:
-        self.process = SERVER.Process(target=live, args=(dict(place), folder, trick, steps), daemon=True)
+        self.process = toy.SERVER.Process(target=toy.live, args=(dict(place), folder, trick, steps), daemon=True)
         self.process.start()
         assert self.process.pid is not None
         self.pid = self.process.pid
@@ -45,12 +39,6 @@ class Forked:
 
     def kill(self) -> None:
         self.process.kill()
-
-
-def live(place: dict[str, str], folder: Path, trick: str, steps: int) -> None:
-    os.environ.update(place)
-    sys.stderr = (folder / f"said_{place['RANK']}").open("a")  # failing is what is tried here
-    toy.train(folder, trick, steps)
 
 
 def start(trick: str, steps: int, command: Sequence[str], place: Mapping[str, str], log: Path) -> Process:
@@ -172,17 +160,3 @@ def test_real_processes_are_started_and_say_their_last_words(tmp_path, capfd):
     for rank in range(2):
         own_session, place = json.loads((tmp_path / f"rank{rank}").read_text())
         assert own_session and (place["RANK"], place["WORLD_SIZE"]) == (str(rank), "2")
-
-
-def orphan(folder: Path) -> None:
-    os.environ["LITCHI_SUPERVISED"] = "1"
-    with Watch(World(), folder, toy.CONFIG) as watch:
-        watch.parent = -1  # as if it had been another process
-        time.sleep(60)
-
-
-def test_a_rank_whose_supervisor_is_gone_holds_no_gpu(tmp_path):
-    process = SERVER.Process(target=orphan, args=(tmp_path,))
-    process.start()
-    process.join(30)
-    assert process.exitcode == HUNG
