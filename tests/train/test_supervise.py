@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from litchi.train.supervise import Plan, Process, environment, supervise
-from tests.house.sources import ROOT
 from tests.train import toy
 
-PLAN = Plan(ranks=3, restarts=2, poll=0.05, settle=1.0, lag=1.0)
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["tests.train.toy"])  # torch is imported once for all ranks of all tests
+PLAN = Plan(ranks=3, restarts=2, poll=0.02, settle=0.5, lag=1.0)
+TWO = replace(PLAN, ranks=2)
 
 
 class Forked:
     """A rank of the toy, as a child of the server."""
 
     def __init__(self, place: Mapping[str, str], folder: Path, trick: str, steps: int) -> None:
-        self.process = SERVER.Process(target=live, args=(dict(place), folder, trick, steps), daemon=True)
+        self.process = toy.SERVER.Process(target=toy.live, args=(dict(place), folder, trick, steps), daemon=True)
         self.process.start()
         assert self.process.pid is not None
         self.pid = self.process.pid
@@ -41,15 +39,6 @@ class Forked:
 
     def kill(self) -> None:
         self.process.kill()
-
-    def wait(self) -> None:
-        self.process.join()
-
-
-def live(place: dict[str, str], folder: Path, trick: str, steps: int) -> None:
-    os.environ.update(place)
-    sys.stderr = (folder / f"said_{place['RANK']}").open("a")  # failing is what is tried here
-    toy.train(folder, trick, steps)
 
 
 def start(trick: str, steps: int, command: Sequence[str], place: Mapping[str, str], log: Path) -> Process:
@@ -66,27 +55,33 @@ def assert_same_result(folder: Path, size: int = 3, steps: int = toy.STEPS) -> N
 
 
 @pytest.mark.parametrize(
-    ("trick", "words"),
+    ("trick", "plan", "words"),
     [
-        ("1 kill 5", ["rank 1 (", "was killed by SIGKILL", "in step 5"]),
-        ("2 raise 5", ["rank 2 (", "failed in step 5", "toy.py:", "in play", "ValueError: a tile is torn"]),
+        ("1 kill 5", TWO, ["rank 1 (", "was killed by SIGKILL", "in step 5"]),
+        (
+            "2 raise 5",
+            PLAN,
+            ["rank 2 (", "failed in step 5 at tests/train/toy.py:", "in play", "ValueError: a tile is"],
+        ),
         (
             "1 sleep 5",
-            ["rank 1 (", "hangs in step 5", "in read_from_a_dead_disk, for", "ranks 0, 2 wait in all_reduce"],
+            PLAN,
+            ["rank 1 (", "hangs in step 5", "in read_from_a_dead_disk, for", "ranks 0, 2 wait in all_"],
         ),
         (
-            "2 stop 5",
-            ["rank 2 (", "silent for", "in step 5", "wait in all_reduce at tests", "stopped by a signal"],
+            "1 stop 5",
+            TWO,
+            ["rank 1 (", "silent for", "in step 5", "rank 0 waits in all_reduce at tests", "stopped by a"],
         ),
-        ("0 hold 5", ["rank 0 (", "silent for", "in step 5", "ranks 1, 2 wait in all_reduce at tests/train/toy.py"]),
+        ("0 hold 5", TWO, ["rank 0 (", "silent for", "in step 5", "rank 1 waits in all_reduce at tests/train/toy.py"]),
     ],
     ids=["killed", "failed", "hung", "stopped", "holding"],
 )
-def test_a_lost_rank_is_named_and_the_run_is_as_if_it_had_not_been(tmp_path, capfd, trick, words):
-    assert run(tmp_path, trick) == 0
+def test_a_lost_rank_is_named_and_the_run_is_as_if_it_had_not_been(tmp_path, capfd, trick, plan, words):
+    assert run(tmp_path, trick, plan) == 0
     [line] = [line for line in capfd.readouterr().err.splitlines() if line.startswith("litchi:")]
     assert all(word in line for word in words) and "restart 1 from the last checkpoint" in line, line
-    assert_same_result(tmp_path)
+    assert_same_result(tmp_path, plan.ranks)
 
 
 def test_a_rank_that_skips_a_collective_is_named(tmp_path, capfd):
@@ -99,18 +94,18 @@ def test_a_rank_that_skips_a_collective_is_named(tmp_path, capfd):
 
 
 def test_a_rank_that_always_dies_at_one_step_is_given_up(tmp_path, capfd):
-    assert run(tmp_path, "0 always-kill 3") == 1
+    assert run(tmp_path, "0 always-kill 3", replace(TWO, restarts=1)) == 1
     said = capfd.readouterr().err.splitlines()
-    assert len(said) == 3 and "given up after 2 restarts, the last 2 without a new step" in said[-1], said
+    assert len(said) == 2 and "given up after 1 restarts, the last 1 without a new step" in said[-1], said
 
 
 def test_what_no_restart_mends_ends_the_run(tmp_path, capfd):
-    assert run(tmp_path, "1 always-refuse 2") == 2
+    assert run(tmp_path, "1 always-refuse 2", TWO) == 2
     assert "restart" not in capfd.readouterr().err
 
 
 def test_a_far_slower_rank_has_all_restarted_once(tmp_path, capfd):
-    assert run(tmp_path, "1 slow 0", Plan(ranks=2, restarts=2, far_slower=3.0, poll=0.05), steps=30) == 0
+    assert run(tmp_path, "1 slow 0", replace(TWO, far_slower=3.0), steps=30) == 0
     said = capfd.readouterr().err
     assert "rank 1 (" in said and "is slow" in said and said.count("restart") == 1, said
     assert_same_result(tmp_path, size=2, steps=30)
@@ -128,12 +123,12 @@ def test_asked_to_stop_the_ranks_save_and_stop(tmp_path, capfd, number):
     before = signal.getsignal(number)
     thread = threading.Thread(target=order)
     thread.start()
-    assert run(tmp_path, "1 slow 0", Plan(ranks=2, far_slower=1e9, poll=0.02)) == 130
+    assert run(tmp_path, "1 slow 0", replace(TWO, far_slower=1e9)) == 130
     thread.join()
     step, weights = toy.restore(tmp_path)
     assert 2 <= step < toy.STEPS and weights.tolist() == toy.expected(2, step)
     assert signal.getsignal(number) is before
-    assert run(tmp_path, "", Plan(ranks=2)) == 0
+    assert run(tmp_path, "", TWO) == 0
     assert_same_result(tmp_path, size=2)
 
 
@@ -146,29 +141,22 @@ def test_ranks_are_told_what_torchrun_tells(monkeypatch):
     assert place["OMP_NUM_THREADS"] == "2"
 
 
-def test_real_processes_without_a_supervisor_go_away(tmp_path):
-    """A supervisor that is killed leaves no rank behind that holds a GPU."""
-    code = (
-        "import sys; from pathlib import Path; from litchi.train.supervise import *; "
-        "supervise([sys.executable, '-m', 'tests.train.toy', sys.argv[1]], Path(sys.argv[1]), Plan(1))"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, env={**os.environ, "TRICK": "0 sleep 3"}
-    )
-    path = tmp_path / "ranks" / "rank_00000.json"
-    until = time.monotonic() + 60
-    while not path.exists() and time.monotonic() < until:
-        time.sleep(0.05)
-    rank = int(path.read_text().split('"pid": ')[1].split(",")[0])
-    process.kill()
-    process.wait()
-    while alive(rank) and time.monotonic() < until:
-        time.sleep(0.05)
-    assert not alive(rank)
+REAL = """
+import json, os, pathlib, sys
+rank = os.environ["RANK"]
+pathlib.Path(sys.argv[1], "rank" + rank).write_text(json.dumps([os.getsid(0) == os.getpid(), dict(os.environ)]))
+print("rank", rank, "lacks a module")
+sys.exit(3 if rank == "1" else 0)
+"""
 
 
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+def test_real_processes_are_started_and_say_their_last_words(tmp_path, capfd):
+    """In sessions of their own, so that the Ctrl-C of a terminal reaches them once."""
+    command = [sys.executable, "-c", REAL, str(tmp_path)]
+    assert supervise(command, tmp_path, replace(TWO, restarts=0)) == 1
+    out, said = capfd.readouterr()
+    assert out == "rank 0 lacks a module\n", "rank 0 speaks for all"
+    assert said.startswith("litchi: rank 1 ended with code 3 before it began: rank 1 lacks a module ("), said
+    for rank in range(2):
+        own_session, place = json.loads((tmp_path / f"rank{rank}").read_text())
+        assert own_session and (place["RANK"], place["WORLD_SIZE"]) == (str(rank), "2")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,9 +19,9 @@ from torch import nn
 from litchi.config import BadInput
 from litchi.parallel.crew import Crew
 from litchi.parallel.mesh import Layout, World, join
-from litchi.train.blame import HUNG, Standing, blame, read_standings, standing_path, straggling
-from litchi.train.watch import Shares, Watch, WatchConfig, agreed, await_path, locate, outwards
-from tests.house.sources import ROOT
+from litchi.train.blame import HUNG, Standing, blame, read_standings, standing_path, straggling, write_standing
+from litchi.train.watch import SUPERVISED, Shares, Watch, WatchConfig, agreed, await_path, locate, outwards
+from tests.train.toy import SERVER
 
 CODE, TREE = "src/litchi/model/network.py:50 in forward", "src/litchi/parallel/collectives.py:9 in total"
 
@@ -124,6 +125,10 @@ def test_a_slow_rank_is_slow_against_the_others() -> None:
 def test_a_torn_or_missing_standing_is_no_standing(tmp_path: Path) -> None:
     standing_path(tmp_path, 0).write_text('{"rank": 0, "ho')
     assert read_standings(tmp_path, 2) == {}
+    long, short = stands(0, issued={f"group{i}": i for i in range(999)}), stands(0)
+    for standing in (short, long, short):
+        write_standing(tmp_path, standing)
+        assert read_standings(tmp_path, 1) == {0: standing}
 
 
 # ---- watch --------------------------------------------------------------------------------------------------------
@@ -175,6 +180,17 @@ def test_patience_ends_once_steps_have_a_length(tmp_path: Path) -> None:
     assert strict.limit() == 5.0
 
 
+def test_a_rank_alone_is_not_ended_in_a_debugger(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Nobody waits for it and nobody would start it again; it says where it stands and goes on."""
+    config = WatchConfig(patience=0.05, sample=0.01, grace=0.0)
+    with Watch(World(), tmp_path, config):
+        until = time.monotonic() + 20
+        while not (tmp_path / "ranks" / "rank_00000.trace").exists() and time.monotonic() < until:
+            time.sleep(0.01)
+    said = capfd.readouterr().err
+    assert said.startswith("litchi: rank 0 (") and "hangs in step 1 at tests/train/test_watch.py:" in said, said
+
+
 def test_own_time_is_what_is_not_waited() -> None:
     shares = Shares()
     for _ in range(40):
@@ -185,20 +201,39 @@ def test_own_time_is_what_is_not_waited() -> None:
     assert shares.own == pytest.approx(0.1, rel=0.1)
 
 
-def test_a_rank_alone_ends_itself_with_a_report(tmp_path: Path) -> None:
+def hang(folder: Path) -> None:
+    sys.stderr = (folder / "said").open("w")
+    with Watch(World(), folder, WatchConfig(hang_after=0.1, sample=0.01, grace=0.0)) as watch:
+        for step in range(5):
+            watch.step(step)
+        time.sleep(60)
+
+
+def orphan(folder: Path) -> None:
+    os.environ[SUPERVISED] = "1"
+    with Watch(World(), folder, WatchConfig(sample=0.01)) as watch:
+        watch.parent = -1  # as if it had been another process
+        time.sleep(60)
+
+
+def ended(function: Callable[[Path], None], folder: Path) -> int | None:
+    """The exit code of a process that does this."""
+    process = SERVER.Process(target=function, args=(folder,), daemon=True)
+    process.start()
+    process.join(60)
+    return process.exitcode
+
+
+def test_a_rank_that_was_given_a_time_ends_itself_with_a_report(tmp_path: Path) -> None:
     """Without a supervisor it says itself what is wrong, and leaves what every thread was doing."""
-    code = (
-        "import sys, time; from pathlib import Path\n"
-        "from litchi.parallel.mesh import World; from litchi.train.watch import Watch, WatchConfig\n"
-        "config = WatchConfig(hang_after=0.1, sample=0.01, grace=0.0)\n"
-        "with Watch(World(), Path(sys.argv[1]), config) as watch:\n"
-        "    for step in range(5): watch.step(step)\n"
-        "    time.sleep(60)\n"
-    )
-    answer = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
-    assert answer.returncode == HUNG
-    assert answer.stderr.startswith("litchi: ") and "in step 5" in answer.stderr, answer.stderr
+    assert ended(hang, tmp_path) == HUNG
+    said = (tmp_path / "said").read_text()
+    assert said.startswith("litchi: rank 0 (") and "hangs in step 5 at tests/train/test_watch.py:" in said, said
     assert "Thread" in (tmp_path / "ranks" / "rank_00000.trace").read_text()
+
+
+def test_a_rank_whose_supervisor_is_gone_holds_no_gpu(tmp_path: Path) -> None:
+    assert ended(orphan, tmp_path) == HUNG
 
 
 # ---- collectives --------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ The sums of the ranks are exact, so that whoever restarts it, it ends with the s
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
@@ -21,6 +22,8 @@ from litchi.parallel.mesh import World, started_by_launcher
 from litchi.train.launch import adopt_slurm
 from litchi.train.watch import Watch, WatchConfig, agreed
 
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["__main__", __name__])  # torch is imported once for the ranks of all tests
 STEPS = 8
 CONFIG = WatchConfig(hang_after=1.2, patience=30.0, beat=0.1, sample=0.01, grace=0.3)
 
@@ -102,6 +105,13 @@ def work(seconds: float) -> None:
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         time.sleep(0.001)
+
+
+def live(place: dict[str, str], folder: Path, trick: str, steps: int) -> None:
+    """A rank in a process of `SERVER`. What it says goes to a file, because failing is what is tried."""
+    os.environ.update(place)
+    sys.stderr = (folder / f"said_{place['RANK']}").open("a")
+    train(folder, trick, steps)
 
 
 def save(folder: Path, step: int, weights: torch.Tensor) -> None:

@@ -19,8 +19,9 @@ from litchi.record import append, drop_torn_line, read, replace_text
 
 ANOMALIES = "anomalies.jsonl"
 NORM = "gradient norm"
-LEAST = 0.01
-"""Losses below this are as good as this one: what is nearly learned jumps by large factors and means nothing by it."""
+SOFT = 0.1
+"""Added to a value before its logarithm is taken: the loss of what is nearly learned jumps by large factors, from 0.002
+to 0.02, and means nothing by it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +34,10 @@ class GuardConfig:
     """Sound steps before a spike can be told from what is usual; what is not finite is caught from the first."""
     window: int = 200
     """Sound steps that are remembered."""
-    deviations: float = 8.0
+    deviations: float = 10.0
     """Spreads (1.4826 times the median absolute deviation) above the median at which a value is a spike."""
     least_spread: float = 0.1
-    """The smallest spread of a logarithm: eight of them are a factor of 2.2."""
+    """The smallest spread of a logarithm: ten of them are a factor of 2.7."""
     max_skipped: int = 10
     """Steps in a row that may be skipped; more mean that the run, not the batch, is at fault."""
 
@@ -93,11 +94,11 @@ def fault(config: GuardConfig, usual: list[float], name: str, value: float) -> s
     deviations = (level(value) - middle) / spread
     if deviations <= config.deviations:
         return ""
-    return f"{name} {value:.4g} is {deviations:.0f} spreads above its usual {math.exp(middle):.4g}"
+    return f"{name} {value:.4g} is {deviations:.0f} spreads above its usual {math.exp(middle) - SOFT:.3g}"
 
 
 def level(value: float) -> float:
-    return math.log(max(value, LEAST))
+    return math.log(max(value, 0.0) + SOFT)
 
 
 def check(config: GuardConfig, judgement: Judgement, step: int) -> None:

@@ -30,7 +30,6 @@ class Process(Protocol):
     def poll(self) -> int | None: ...
     def send_signal(self, sig: int, /) -> None: ...
     def kill(self) -> None: ...
-    def wait(self) -> Any: ...
 
 
 Start = Callable[[Sequence[str], Mapping[str, str], Path], Process]
@@ -68,6 +67,8 @@ def supervise(command: Sequence[str], folder: Path, plan: Plan, start: Start | N
 
     0 done, 1 given up, 2 bad input, 130 interrupted. Ctrl-C and SIGTERM go to the ranks, which save and stop.
     """
+    for log in (folder / FOLDER).glob("rank_*.log"):
+        log.unlink()
     restarts = futile = 0
     furthest, forgiven = -1, set[int]()
     with Orders() as orders:
@@ -110,11 +111,7 @@ def attempt(
             crew[rank] = start(command, place, log_path(board, rank))
         return attend(crew, board, plan, orders, forgiven)
     finally:
-        for process in crew.values():
-            if process.poll() is None:
-                process.kill()
-        for process in crew.values():
-            process.wait()
+        dismiss(crew)
 
 
 def attend(crew: Mapping[int, Process], board: Path, plan: Plan, orders: Orders, forgiven: set[int]) -> End:
@@ -140,6 +137,16 @@ def attend(crew: Mapping[int, Process], board: Path, plan: Plan, orders: Orders,
             found = straggling(standings, plan.far_slower)
             if slow := set(found.slow) - forgiven:
                 return End(None, furthest_step(standings), found.line, tuple(slow))
+
+
+def dismiss(crew: Mapping[int, Process], patience: float = 60.0) -> None:
+    """Leave none; one that the kernel does not let go of, as a broken device may cause, is not waited for."""
+    for process in crew.values():
+        if process.poll() is None:
+            process.kill()
+    until = time.monotonic() + patience
+    while any(process.poll() is None for process in crew.values()) and time.monotonic() < until:
+        time.sleep(0.02)
 
 
 def settled(crew: Mapping[int, Process], plan: Plan) -> dict[int, int]:

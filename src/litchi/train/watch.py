@@ -26,9 +26,18 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from litchi.config import BadInput, to_json
+from litchi.config import BadInput
 from litchi.parallel.mesh import World
-from litchi.train.blame import HUNG, Standing, Straggling, blame, read_standings, standing_path, straggling
+from litchi.train.blame import (
+    HUNG,
+    Standing,
+    Straggling,
+    blame,
+    read_standings,
+    standing_path,
+    straggling,
+    write_standing,
+)
 
 FOLDER = "ranks"
 """Below the folder of a run, where ranks write of themselves."""
@@ -62,7 +71,8 @@ class WatchConfig:
     """When a rank counts as hung or slow. Nothing here changes what is learned."""
 
     hang_after: float = 0.0
-    """Seconds without the end of a step after which a rank ends itself; 0 is 20 median steps, and at least 60 s."""
+    """Seconds without the end of a step after which a rank ends itself; 0 is 20 median steps, and at least 60 s. A
+    process that is alone then only says where it stands, unless a number is given here."""
     patience: float = 1800.0
     """The same for the first steps, which compile, and for whatever is no step, such as a save."""
     slow: float = 1.5
@@ -186,11 +196,13 @@ class Watch:
         time.sleep(self.config.grace)
         standings = read_standings(self.folder, self.size)
         silent = self.limit() / 2
-        newest = max(s.at for s in standings.values())
-        speaks = min(rank for rank, s in standings.items() if newest - s.at <= silent) == self.rank
-        if speaks and SUPERVISED not in os.environ:
+        newest = max((s.at for s in standings.values()), default=0.0)
+        speaker = min((rank for rank, s in standings.items() if newest - s.at <= silent), default=self.rank)
+        if speaker == self.rank and SUPERVISED not in os.environ:
             print(f"litchi: {blame(standings, self.size, {}, silent=silent).line}", file=sys.stderr, flush=True)
-        os._exit(HUNG)
+        if self.size > 1 or SUPERVISED in os.environ or self.config.hang_after:
+            os._exit(HUNG)
+        self.mark = time.monotonic()  # nobody waits for it and nobody would start it again: perhaps it is in a debugger
 
     def standing(self, line: str = "", collective: str = "", module: str = "", failure: str = "") -> Standing:
         return Standing(
@@ -211,12 +223,9 @@ class Watch:
         )
 
     def write(self, standing: Standing) -> None:
-        """One file, replaced whole. A full disk must not end training, so it is let pass."""
-        path = standing_path(self.folder, self.rank)
+        """A full disk must not end training, so that it is let pass."""
         try:
-            draft = path.with_suffix(".writing")
-            draft.write_text(to_json(standing), encoding="utf-8")
-            os.replace(draft, path)
+            write_standing(self.folder, standing)
         except OSError:
             pass
 
