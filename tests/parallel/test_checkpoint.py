@@ -66,6 +66,7 @@ def test_the_file_is_the_bytes_that_the_safetensors_library_writes(tmp_path: Pat
     tensors = {
         **values(0),
         "count": torch.tensor(3),
+        "nothing": torch.zeros(0, 3),
         "half": torch.randn(3, dtype=torch.bfloat16),
         "mask": torch.tensor([True, False]),
         "größe": torch.arange(5, dtype=torch.uint8),
@@ -115,13 +116,14 @@ def read_as(layout: Layout, folder: Path) -> list[str]:
     """Names of pieces that differ from those of a network that was never saved."""
     world = place(layout)
     expected = files(world, *build(world, seed=0))
-    blank = files(world, *build(world, seed=1))
+    other = build(world, seed=1)
     path = Saver(world, folder).newest()
     assert path is not None
     wrong = []
     for file, pieces in expected.items():
-        fill(path / file, blank[file])
-        wrong += [a.name for a, b in zip(pieces, blank[file], strict=True) if not torch.equal(a.tensor, b.tensor)]
+        fill(path / file, files(world, *other)[file])
+        found = files(world, *other)[file]
+        wrong += [a.name for a, b in zip(pieces, found, strict=True) if not torch.equal(a.tensor, b.tensor)]
         boxes = read_boxes(path / file, {piece.name: piece.box for piece in pieces})
         wrong += [piece.name for piece in pieces if not torch.equal(piece.tensor, boxes[piece.name])]
     return wrong
@@ -307,6 +309,20 @@ def test_a_full_disk_fails_a_save_and_leaves_those_before_it_whole(crew: Crew, s
         assert os.strerror(errno.ENOSPC) in lines[0] and "free space on that disk" in lines[0]
         assert lines[0].endswith(f"the newest whole checkpoint is {small_disk / step_name(3)}")
     assert sorted(p.name for p in small_disk.iterdir()) == [step_name(i) for i in (1, 2, 3)]
+
+
+def save_where_others_do_not_look(layout: Layout, folder: Path) -> str:
+    world = place(layout)
+    saver = Saver(world, folder / str(world.rank))
+    saver.save(1, files(world, *build(world, 0)), meta={})
+    with pytest.raises(BadInput) as caught:
+        saver.wait()
+    return str(caught.value)
+
+
+def test_a_folder_that_ranks_do_not_share_is_named(crew: Crew, tmp_path: Path):
+    for line in crew.run(save_where_others_do_not_look, Layout(), tmp_path, size=2):
+        assert "rank 1: " in line and "No such file or directory: name a folder on a disk that all ranks share" in line
 
 
 def newest_or_fault(layout: Layout, folder: Path) -> str:

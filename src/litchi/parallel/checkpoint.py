@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -163,6 +163,7 @@ class Saver:
 
         Raises BadInput if a file of it has changed.
         """
+        self.wait()
         with self.or_bad_input():
             last = self.peers.together(lambda: self._look() if self.world.rank == 0 else None)[0]
             if last is None:
@@ -178,7 +179,7 @@ class Saver:
         """The plan of the last save as long as no rank has other pieces."""
         same = self.peers.all(claims == self.claims)
         if not same or self.plan is None:
-            texts = self.peers.gather(json.dumps([astuple(claim) for claim in claims]))
+            texts = self.peers.gather(json.dumps(claims))
             self.plan = make_plan([read_claims(text) for text in texts], self.shard_bytes)
             self.claims = claims
             self.host.buffers.clear()
@@ -316,7 +317,7 @@ def write_pieces(draft: Path, job: Job) -> None:
 
 def read_claims(text: str) -> list[Claim]:
     return [
-        Claim(path, name, dtype, tuple(shape), tuple((begin, stop) for begin, stop in box))
+        Claim(path, name, dtype, tuple(shape), tuple(map(tuple, box)))
         for path, name, dtype, shape, box in json.loads(text)
     ]
 

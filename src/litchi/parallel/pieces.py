@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +31,10 @@ Box = tuple[tuple[int, int], ...]
 INDEX_END = ".index.json"
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-ORDER: list[str] = "BOOL U8 I8 F8_E5M2 F8_E4M3 F8_E4M3FNUZ F8_E5M2FNUZ I16 F16 BF16 I32 F32 F64 I64".split()
+ORDER: tuple[str, ...] = (
+    *("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2FNUZ"),
+    *("I16", "F16", "BF16", "I32", "F32", "F64", "I64"),
+)
 """Types as the safetensors library ranks them; it writes the last first, and of one type by name."""
 
 
@@ -54,9 +58,11 @@ class Part:
     degree: int
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """A piece without its values: what ranks tell each other. `path` is the file that shall hold it."""
+class Claim(NamedTuple):
+    """A piece without its values: what ranks tell each other. `path` is the file that shall hold it.
+
+    Of a large model on many ranks there are millions, and tuples are made faster than dataclasses.
+    """
 
     path: str
     name: str
