@@ -13,7 +13,18 @@ from litchi.config import BadInput
 from litchi.model.network import ModelConfig
 from litchi.model.vision import Tower
 from litchi.parallel.mesh import Schedule
-from litchi.parallel.stages import SCHEDULES, bubble, check_microbatches, costs, cut, deal, idle, order, rank_of, timeline
+from litchi.parallel.stages import (
+    SCHEDULES,
+    bubble,
+    check_microbatches,
+    costs,
+    cut,
+    deal,
+    idle,
+    order,
+    rank_of,
+    timeline,
+)
 
 SMALL = ModelConfig(vocab_size=100, width=64, num_layers=8, mlp_width=256)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from litchi.config import BadInput, from_json, to_json
-from litchi.train.guard import GuardConfig, History, Judgement, Ledger, check, judge
+from litchi.train.guard import GuardConfig, History, Judgement, check, judge
 
 CONFIG = GuardConfig(warmup=20, window=50)
 
@@ -92,23 +91,3 @@ def test_stop_ends_the_run_and_skip_goes_on_for_a_while() -> None:
 def test_a_checkpoint_keeps_the_history_to_the_bit(values: dict[str, list[float]]) -> None:
     history = History(values, skipped=3)
     assert from_json(History, to_json(history)) == history
-
-
-def test_the_ledger_keeps_what_was_not_sound_and_rewinds(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path)
-    assert ledger.rows() == []
-    ledger.rewind(1)
-    for step in (3, 9):
-        ledger.write(step, judge(CONFIG, History(), {"text": math.nan}, 2.0), {"text": math.nan}, 2.0)
-    row = {"step": 3, "reason": "loss/text is nan", "text": "nan", "gradient_norm": 2.0}
-    assert ledger.rows() == [row, row | {"step": 9}]
-    Ledger(tmp_path).rewind(9)
-    assert ledger.rows() == [row]
-
-
-def test_a_torn_row_is_dropped(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path)
-    ledger.write(3, judge(CONFIG, History(), {"text": math.inf}, 2.0), {"text": math.inf}, 2.0)
-    with ledger.path.open("a") as file:
-        file.write('{"step": 4, "rea')
-    assert [row["step"] for row in Ledger(tmp_path).rows()] == [3]

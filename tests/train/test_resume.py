@@ -18,8 +18,6 @@ from safetensors.torch import load_file
 from litchi.config import BadInput
 from litchi.model.weights import load
 from litchi.record import read
-from litchi.schema.sample import Sample
-from litchi.train.pictures import SEARCHED
 from litchi.train.run import newest_checkpoint, run
 from tests.house.sources import ROOT
 from tests.train.runs import CONFIG, MODEL, PROCESSOR, RUN, CtrlC, sample, train

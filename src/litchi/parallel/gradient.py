@@ -111,18 +111,22 @@ def rounds(
 def add_up_whole(leaves: Sequence[Leaf], world: World) -> None:
     """Sum the gradients of what ZeRO does not divide, in place, as one message for each set of ranks."""
     add = tree_all_reduce if world.layout.exact else all_reduce
-    for expert, axes in ((False, SHARD), (True, EXPERT_SHARD)):
-        found = [leaf.grad for leaf in leaves if not leaf.divided and leaf.expert is expert and leaf.grad is not None]
-        together(found, lambda x, axes=axes: add(x, world.group("replicate", *axes)))
+    whole = [leaf for leaf in leaves if not leaf.divided]
+    for found, group in (
+        ([leaf.grad for leaf in whole if not leaf.expert], world.group("replicate", *SHARD)),
+        ([leaf.grad for leaf in whole if leaf.expert], world.group("replicate", *EXPERT_SHARD)),
+    ):
+        if group is not None:
+            together(found, partial(add, group=group))
 
 
 def add_up_slices(leaves: Sequence[Leaf], world: World) -> None:
     """Sum over ranks of tensor parallelism what each knows of its own tokens or heads only."""
-    found = [leaf.local.grad for leaf in leaves if leaf.cut.partial and leaf.local.grad is not None]
-    together(found, lambda x: all_reduce(x, world.group("tensor")))
+    if (group := world.group("tensor")) is not None:
+        together([leaf.local.grad for leaf in leaves if leaf.cut.partial], partial(all_reduce, group=group))
 
 
-def together(tensors: Sequence[Tensor | None], act) -> None:
+def together(tensors: Sequence[Tensor | None], act: Callable[[Tensor], Tensor]) -> None:
     """Do something in place to many tensors as if they were one."""
     present = [t for t in tensors if t is not None]
     if not present:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from litchi.parallel.collectives import all_gather
-from litchi.parallel.mesh import EXPERT_SHARD, SHARD, World
+from litchi.parallel.mesh import AXES, SHARD, Axis, World
 from litchi.parallel.tensor import Slice
 
 Box = tuple[tuple[int, int], ...]
@@ -67,8 +67,10 @@ class Leaf:
     def owned(self) -> bool:
         """Whether this rank speaks for its values, where others have the same."""
         world = self.world
-        spare = ["replicate"] if self.divided else ["replicate", *(EXPERT_SHARD if self.expert else SHARD)]
-        spare += [] if self.cut.dim is not None else ["tensor"]
+        held: tuple[Axis, ...] = SHARD if self.divided else ("expert",) if self.expert else ()
+        if self.cut.dim is not None:
+            held += ("tensor",)
+        spare = [axis for axis in AXES if axis not in (*held, "pipeline")]
         return not self.copy and all(world.index(axis) == 0 for axis in spare)
 
     def part(self, whole: Tensor) -> Tensor:

@@ -70,9 +70,9 @@ def apply(model: Model, world: World) -> None:
                 part = parameter.chunk(degree, cut.dim)[index].clone()
                 setattr(module, name, nn.Parameter(part, requires_grad=parameter.requires_grad))
     hook_ends(model, group, shared=shared)
-    for layer in model.layers:
-        for expert in layer.experts:
-            hook_expert(expert, group, shared=shared)
+    for module in model.modules():
+        if isinstance(module, Expert):
+            hook_expert(module, group, shared=shared)
 
 
 def hook_ends(model: Model, group: ProcessGroup, *, shared: bool) -> None:

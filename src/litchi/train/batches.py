@@ -45,12 +45,14 @@ class Batches(Iterator[Batch]):
         self.slot, self.num_slots = slot, num_slots
         self.position = slot
         self.waiting: list[tuple[int, TokenSequence]] = []
+        self.taken: list[int] = []
+        """Positions of the documents of the last batch."""
 
     def __next__(self) -> Batch:
         """Longest documents first into the fullest row that takes them; the oldest document always goes."""
         rows: list[list[TokenSequence]] = [[] for _ in range(self.config.rows)]
         space = [self.config.row] * self.config.rows
-        placed = True
+        placed, self.taken = True, []
         while placed:
             self.look_ahead()
             placed = False
@@ -60,6 +62,7 @@ class Batches(Iterator[Batch]):
                 if fits:
                     best = min(fits, key=lambda r: space[r])
                     rows[best].append(pair[1])
+                    self.taken.append(pair[0])
                     space[best] -= len(pair[1])
                     self.waiting = [w for w in self.waiting if w is not pair]
                     placed = True

@@ -6,18 +6,14 @@ so that a few bad steps do not make the next bad one look usual. What is judged 
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from litchi.config import BadInput
-from litchi.record import append, drop_torn_line, read, replace_text
 
-ANOMALIES = "anomalies.jsonl"
 NORM = "gradient norm"
 SOFT = 0.1
 """Added to a value before its logarithm is taken: the loss of what is nearly learned jumps by large factors, from 0.002
@@ -102,7 +98,7 @@ def level(value: float) -> float:
 
 
 def check(config: GuardConfig, judgement: Judgement, step: int) -> None:
-    """Raises BadInput where a step that is not sound must end the run. Keep the step in the `Ledger` first."""
+    """Raises BadInput where a step that is not sound must end the run. It is in the ledger already."""
     if judgement.sound:
         return
     replay = f"replay it with `litchi train RECIPE --replay {step}`"
@@ -113,31 +109,3 @@ def check(config: GuardConfig, judgement: Judgement, step: int) -> None:
             f"step {step}: {judgement.reason}, and {judgement.history.skipped - 1} steps before it were skipped: "
             f"{replay}; lower the learning rate, or set train.guard.policy=off if the data has changed"
         )
-
-
-class Ledger:
-    """Steps that were not sound, in `folder`/anomalies.jsonl. A batch is a pure function of the run and its step, so
-    that the number is all that a replay needs."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / ANOMALIES
-        folder.mkdir(parents=True, exist_ok=True)
-        drop_torn_line(self.path)
-
-    def write(self, step: int, judgement: Judgement, losses: Mapping[str, float], gradient_norm: float) -> None:
-        figures = {name: spelled(value) for name, value in {**losses, "gradient_norm": gradient_norm}.items()}
-        append(self.path, (json.dumps({"step": step, "reason": judgement.reason, **figures}) + "\n").encode())
-
-    def rewind(self, step: int) -> None:
-        """Drop the rows of `step` and later: a run that goes on from there meets them again."""
-        kept = [row for row in self.rows() if row["step"] < step]
-        if self.path.exists():
-            replace_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-
-    def rows(self) -> list[dict[str, Any]]:
-        return read(self.path)
-
-
-def spelled(value: float) -> float | str:
-    """JSON has no word for what is not finite."""
-    return value if math.isfinite(value) else str(value)

@@ -9,31 +9,31 @@ import shutil
 import signal
 import time
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from litchi.config import BadInput, to_json
+from litchi.config import BadInput
 from litchi.model.network import Model, ModelConfig
 from litchi.model.tensorfile import open_tensors
-from litchi.model.weights import from_hugging_face, read_meta, save_processor, to_hugging_face
+from litchi.model.weights import from_hugging_face
 from litchi.parallel.checkpoint import Saver, newest, step_name
-from litchi.parallel.collectives import gather_all
-from litchi.parallel.leaf import Leaf
 from litchi.parallel.mesh import DATA, Layout, World, join, leave
-from litchi.parallel.pieces import Piece
-from litchi.parallel.pieces import fill as read_pieces
 from litchi.parallel.plan import Placed, build, fill, first_values
 from litchi.record import Progress, Recorder
 from litchi.schema.processor import Processor
+from litchi.schema.sequence import Batch
 from litchi.train.batches import BatchConfig, Batches, Samples, check_coverage, coverage
-from litchi.train.optimizer import Muon, OptimizerConfig, build_optimizers
+from litchi.train.guard import GuardConfig, Judgement, check, judge
+from litchi.train.ledger import Ledger
+from litchi.train.optimizer import OptimizerConfig, build_optimizers
 from litchi.train.pictures import Pictures
 from litchi.train.schedule import Schedule, Trapezoid, factor
-from litchi.train.step import train_step
+from litchi.train.state import State, checkpoint, restore
+from litchi.train.step import Metrics, find_gradient, step_optimizers
+from litchi.train.watch import Watch, WatchConfig, agreed
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,8 @@ class TrainConfig:
     num_accumulate: int = 1
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: Schedule = Trapezoid()
+    chunk: int = 0
+    """Labelled tokens whose scores of the vocabulary exist at once, 0 for all: less memory where it is large."""
     ema: float = 0.998
     """Decay of the averaged weights, which are what a checkpoint offers."""
     scale: dict[str, float] = field(default_factory=dict)
@@ -68,28 +70,12 @@ class TrainConfig:
     log_every: int = 20
     save_every: int = 200
     keep: int = 2
-
-
-LEARNED_FROM = ("data", "mixture", "fit", "model", "train")
-"""The parts of a Run that decide what is learned; only the same ones may continue a checkpoint."""
-
-HABITS = ("log_every", "save_every", "keep", "layout", "device", "threads")
-"""Settings of training that change nothing in the weights."""
-
-
-@dataclass(slots=True)
-class State:
-    """All that a continuation needs; tensors are this rank's parts."""
-
-    step: int
-    placed: Placed
-    average: dict[str, Tensor]
-    """Of what is learned, by name."""
-    optimizers: list[torch.optim.Optimizer]
-    batches: list[Batches]
-    """This rank's, one a round of a step."""
-    seconds: float = 0.0
-    """Time spent training and saving, over all continuations."""
+    bucket: str = ""
+    """An s3:// address where each checkpoint is put as well."""
+    on_failed_save: Literal["go on", "stop"] = "stop"
+    """What a full disk or a store that is gone means; the checkpoint before stays whole."""
+    guard: GuardConfig = GuardConfig()
+    watch: WatchConfig = WatchConfig()
 
 
 def run(
@@ -100,56 +86,63 @@ def run(
     Every rank calls this, and the first one writes.
     """
     world = join(config.layout, prepare(config))
+    lead = world.rank == 0
     state = fresh(config, model_config, processor, samples, world)
-    saver = Saver(world, folder, config.keep)
+    saver = Saver(world, folder, config.keep, config.on_failed_save, config.bucket)
     if newest := saver.newest():
         restore(state, newest, run_json)
-    recorder = Recorder(folder, silent=world.rank > 0)
+    recorder, ledger = Recorder(folder, silent=not lead), Ledger(folder, silent=not lead)
     recorder.rewind(state.step + 1)
-    pictures = Pictures(folder, processor, samples, silent=world.rank > 0)
+    ledger.rewind(state.step + 1)
+    pictures = Pictures(folder, processor, samples, silent=not lead)
 
-    with Interrupt() as stop, Progress(config.num_steps, "train", done=state.step, silent=world.rank > 0) as progress:
+    with (
+        Watch(world, folder, config.watch, state.placed.model) as watch,
+        Interrupt() as stop,
+        Progress(config.num_steps, "train", done=state.step, silent=not lead) as progress,
+    ):
+        watch.step(state.step)
         mark = time.monotonic()
         while state.step < config.num_steps:
             group = [next(batches).to(world.device) for batches in state.batches]
-            if state.step == 0 and world.rank == 0:
+            if state.step == 0 and lead:
                 check_coverage(group[0])
                 print(coverage(group[0], processor))
-            adjust(state.optimizers, factor(config.schedule, state.step, config.num_steps))
-            metrics = train_step(
-                state.placed,
-                state.optimizers,
-                group,
-                scale=config.scale,
-                clip_at=config.optimizer.clip,
-                dtype=getattr(torch, config.dtype),
-                draw=(config.seed, state.step),
-            )
-            average(state, config.ema)
-            state.step += 1
+            metrics, judgement = take_step(state, config, group)
+            ledger.write(state.step, metrics, judgement)
+            check(config.guard, judgement, state.step)
             state.seconds, mark = state.seconds + time.monotonic() - mark, time.monotonic()
 
+            watch.step(state.step)
             saver.poll()
-            last, stopped = state.step == config.num_steps, anyone(stop.asked, world)
+            last, stopped = state.step == config.num_steps, agreed(stop.asked, world)
             if state.step % config.log_every == 0 or last:
-                recorder.write(state.step, {**metrics.row(), "seconds": state.seconds})
+                recorder.write(state.step, {**metrics.row(), **watch.row(), "seconds": state.seconds})
             progress.advance(1, note=" ".join(f"{m} {v:.3f}" for m, v in metrics.losses.items()))
             if state.step % config.save_every == 0 or last or stopped:
-                checkpoint(state, saver, processor, run_json)
-                if pictures.samples:
-                    saver.wait()
+                with watch.during("save"):
+                    checkpoint(state, saver, processor, run_json)
+                    if pictures.samples or last or stopped:
+                        saver.wait()
                     pictures.draw(folder / step_name(state.step), state.step)
             if stopped and not last:
-                saver.wait()
                 raise KeyboardInterrupt
-    saver.wait()
     leave(world)
     return newest_checkpoint(folder) or folder
 
 
-def anyone(asked: bool, world: World) -> bool:
-    """Whether any rank was asked to stop: they stop together."""
-    return asked if world.mesh is None else any(said for (said,) in gather_all([asked], world.everyone()))
+def take_step(state: State, config: TrainConfig, group: list[Batch]) -> tuple[Metrics, Judgement]:
+    """One step of optimizers, unless its loss or gradient is no sound one; a step that is left out counts as well."""
+    adjust(state.optimizers, factor(config.schedule, state.step, config.num_steps))
+    draw, dtype = (config.seed, state.step), getattr(torch, config.dtype)
+    metrics = find_gradient(state.placed, group, scale=config.scale, dtype=dtype, draw=draw, chunk=config.chunk)
+    judgement = judge(config.guard, state.history, metrics.losses, metrics.gradient_norm)
+    state.history = judgement.history
+    if judgement.sound:
+        step_optimizers(state.placed, state.optimizers, metrics, config.optimizer.clip)
+        average(state, config.ema)
+    state.step += 1
+    return metrics, judgement
 
 
 # ---- a run's beginning --------------------------------------------------------------------------------------------
@@ -252,22 +245,23 @@ def fuse(model: Model) -> None:
 
 
 class Interrupt:
-    """Within it Ctrl-C asks the loop to save and stop, asked twice stops it at once; after it, what it did before."""
+    """Within it Ctrl-C, or SIGTERM, asks the loop to save and stop, asked twice stops it at once; after it, what it did
+    before."""
 
     def __init__(self) -> None:
         self.asked = False
-        self.before: Any = None
+        self.before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
         try:
-            self.before = signal.signal(signal.SIGINT, self.ask)
+            self.before = {sig: signal.signal(sig, self.ask) for sig in (signal.SIGINT, signal.SIGTERM)}
         except ValueError:
             pass  # not the main thread: whoever runs it there decides when it ends
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.before is not None:
-            signal.signal(signal.SIGINT, self.before)
+        for sig, handler in self.before.items():
+            signal.signal(sig, handler)
 
     def ask(self, *_: object) -> None:
         if self.asked:
@@ -290,101 +284,8 @@ def adjust(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
 def average(state: State, decay: float) -> None:
     """Move the averaged weights towards the weights, faster at the beginning."""
     pace = 1 - min(decay, (state.step + 1) / (state.step + 10))
-    weights = [state.placed.leaves[name].local for name in state.average]
+    weights: list[Tensor] = [state.placed.leaves[name].local for name in state.average]
     torch._foreach_lerp_(list(state.average.values()), weights, pace)
-
-
-# ---- checkpoints --------------------------------------------------------------------------------------------------
-
-MODEL, WEIGHTS, OPTIMIZER = "model/model.safetensors", "resume/weights.safetensors", "resume/optimizer.safetensors"
-
-
-def files_of(state: State) -> dict[str, list[Piece]]:
-    """What of this rank belongs in a checkpoint: averaged weights for use, and for resuming those that are trained."""
-    leaves = state.placed.leaves
-    offered = [piece(leaf, to_hugging_face(name), state.average.get(name)) for name, leaf in leaves.items()]
-    trained = [piece(leaves[name], name) for name in state.average]
-    return {MODEL: offered, WEIGHTS: trained, OPTIMIZER: optimizer_pieces(state)}
-
-
-def piece(leaf: Leaf, name: str, values: Tensor | None = None) -> Piece:
-    """This rank's values of a parameter, or of something of its shape."""
-    values = leaf.local.detach() if values is None else values
-    return Piece(name, leaf.shape, leaf.box(), values) if values.dim() else Piece(name, (), (), values)
-
-
-def optimizer_pieces(state: State) -> list[Piece]:
-    """What optimizers remember: "parameter.key"."""
-    leaves = {leaf.local: leaf for leaf in state.placed.learned()}
-    return [
-        piece(leaves[parameter], f"{leaves[parameter].name}.{key}", value)
-        for optimizer in state.optimizers
-        for parameter, entry in optimizer.state.items()
-        for key, value in entry.items()
-    ]
-
-
-def checkpoint(state: State, saver: Saver, processor: Processor, run_json: str) -> None:
-    """Begin to save; training goes on meanwhile."""
-    meta = {"step": state.step, "seconds": state.seconds, "batches": stand(state), "torch": torch.__version__}
-    texts = {"run.json": run_json, "model/config.json": to_json(state.placed.model.config)}
-    write_processor = partial(save_processor_in, processor)
-    saver.save(state.step, files_of(state), meta=meta, texts=texts, others=write_processor)
-
-
-def save_processor_in(processor: Processor, draft: Path) -> None:
-    save_processor(draft / "processor", processor)
-
-
-def stand(state: State) -> dict[str, dict]:
-    """Where every stream of batches stands, by its number, from all ranks."""
-    width = max(len(b.waiting) for b in state.batches) + 3
-    told = [[b.slot, b.position, *(at for at, _ in b.waiting)] for b in state.batches]
-    group = state.placed.world.group(*DATA)
-    width = int(max(w for (w,) in gather_all([width], group)))
-    flat = [float(n) for row in told for n in row + [-1] * (width - len(row))]
-    stands = {}
-    for found in gather_all(flat, group):
-        for start in range(0, len(found), width):
-            slot, position, *waiting = (int(n) for n in found[start : start + width])
-            stands[str(slot)] = {"position": position, "waiting": [at for at in waiting if at >= 0]}
-    return stands
-
-
-def restore(state: State, path: Path, run_json: str) -> None:
-    """Continue from a checkpoint. Raises BadInput if it was written by a Run that trains something else."""
-    ours, theirs = learned_from(run_json), learned_from((path / "run.json").read_text())
-    changed = [key for key in LEARNED_FROM if ours[key] != theirs[key]]
-    meta = read_meta(path)
-    if "position" in meta["batches"]:
-        raise BadInput(f"{path} was written by an older version: give this Run a folder of its own (--folder)")
-    if changed:
-        said = ", ".join(changed)
-        raise BadInput(f"{path} was trained with another {said}: give this Run a folder of its own (--folder)")
-    begin_optimizers(state.optimizers)
-    for file, pieces in files_of(state).items():
-        read_pieces(path / file, pieces)
-    for batches in state.batches:
-        batches.restore(meta["batches"][str(batches.slot)])
-    state.step, state.seconds = meta["step"], meta["seconds"]
-
-
-def begin_optimizers(optimizers: list[torch.optim.Optimizer]) -> None:
-    """Let optimizers remember zeros, so that there is something to read into."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                keys = ("momentum",) if isinstance(optimizer, Muon) else ("exp_avg", "exp_avg_sq")
-                optimizer.state[p] |= {key: torch.zeros_like(p) for key in keys}
-                if not isinstance(optimizer, Muon):
-                    optimizer.state[p]["step"] = torch.zeros((), device=p.device)
-
-
-def learned_from(run_json: str) -> dict[str, Any]:
-    """What a Run says about what is learned."""
-    run = json.loads(run_json)
-    training = {key: value for key, value in run.get("train", {}).items() if key not in HABITS}
-    return {key: training if key == "train" else run.get(key) for key in LEARNED_FROM}
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

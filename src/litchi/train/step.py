@@ -42,26 +42,46 @@ def train_step(
     dtype: torch.dtype,
     draw: tuple[int, int],
 ) -> Metrics:
-    """The gradient of all microbatches of all ranks, then one step.
+    """The gradient of all microbatches of all ranks, then one step of optimizers, whatever it is."""
+    metrics = find_gradient(placed, batches, scale=scale, dtype=dtype, draw=draw)
+    step_optimizers(placed, optimizers, metrics, clip_at)
+    return metrics
+
+
+def find_gradient(
+    placed: Placed,
+    batches: Sequence[Batch],
+    *,
+    scale: Mapping[str, float],
+    dtype: torch.dtype,
+    draw: tuple[int, int],
+    chunk: int = 0,
+) -> Metrics:
+    """The gradient of all microbatches of all ranks, in each leaf's `local.grad`.
 
     `batches` are this rank's, one a round: microbatch m of the step is of data rank m % ranks in round m // ranks.
     `draw` is (seed, step): with m, all that corruption depends on. Raises BadInput if nothing at all is supervised.
     """
-    model, world = placed.model, placed.world
+    world = placed.world
     for stage in placed.models:
         stage.train()
     first, ranks = world.index(*DATA), world.degree(*DATA)
-    pairs = [whole_pair(model, b, microbatch_generator(*draw, first + i * ranks)) for i, b in enumerate(batches)]
+    pairs = [whole_pair(placed.model, b, microbatch_generator(*draw, first + i * ranks)) for i, b in enumerate(batches)]
     weight = global_weights(placed, pairs)
     if not any(weight.values()):
         raise BadInput("no token and no vector of this batch is supervised: give parts a weight above 0")
-    totals = backward(placed, pairs, weight, scale, dtype)
-    found = norm(placed)
-    clip(placed, found, clip_at)
+    totals = backward(placed, pairs, weight, scale, dtype, chunk)
+    losses = {name: totals[name] / w for name, w in weight.items() if w > 0}
+    return Metrics(losses, weight, norm(placed), ranks * sum(len(b) for b in batches))
+
+
+def step_optimizers(
+    placed: Placed, optimizers: Sequence[torch.optim.Optimizer], metrics: Metrics, clip_at: float
+) -> None:
+    """One step along the gradient that was found, clipped; 0 does not clip."""
+    clip(placed, metrics.gradient_norm, clip_at)
     for optimizer in optimizers:
         optimizer.step()
-    losses = {name: totals[name] / w for name, w in weight.items() if w > 0}
-    return Metrics(losses, weight, found, ranks * sum(len(b) for b in batches))
 
 
 def whole_pair(model: Model, batch: Batch, generator: torch.Generator) -> Pair:
