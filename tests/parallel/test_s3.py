@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from litchi.parallel.checkpoint import Saver, newest, step_name
 from litchi.parallel.crew import Crew
 from litchi.parallel.mesh import Layout, World
 from litchi.parallel.pieces import piece_of
+from tests.house.sources import ROOT
 from tests.parallel.networks import RESUME, WEIGHTS, build, files, place, values
 from tests.parallel.stores import Server, weed
 
@@ -150,6 +153,13 @@ def test_a_store_that_dies_during_a_save_is_told_and_nothing_is_lost(
     assert Bucket(url).whole() == [step_name(1)], "half of step 2 has gone up, and it is not there"
     save_one(tmp_path, url, 3)
     assert Bucket(url).whole() == [step_name(1), step_name(3)]
+
+
+def test_killed_at_any_touch_what_is_newest_in_the_bucket_is_whole(server: Server, url: str, tmp_path: Path):
+    """Every 41st touch of a file or request to the store, of one rank and of both; all with a stride of 1."""
+    command = [sys.executable, "-m", "tests.parallel.kills", str(tmp_path), "41", url]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert answer.returncode == 0 and answer.stdout.endswith("done\n"), answer.stdout + answer.stderr
 
 
 def test_an_address_that_is_none_is_named():
