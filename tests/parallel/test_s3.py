@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from litchi.config import BadInput
 from litchi.parallel.bucket import Bucket
@@ -91,6 +92,22 @@ def test_without_meta_json_it_is_not_there(url: str, tmp_path: Path):
     for step in (3, 4):
         save_one(tmp_path / "b", url, step)
     assert bucket.whole() == [step_name(3), step_name(4)] and len(bucket._names()) == 2, "the half one is removed"
+
+
+def test_a_step_that_is_put_again_is_not_there_until_it_is_whole(url: str, tmp_path: Path):
+    """A run that went back may come to a step that is there already, with other files."""
+    save_one(tmp_path / "a", url, 1)
+    saver = Saver(World(), tmp_path / "b", bucket=url)
+    saver.bucket = bucket = Bucket(url)
+
+    def refuse(*_: object) -> None:
+        raise BadInput("no more")
+
+    bucket.put = refuse  # type: ignore[method-assign]
+    saver.save(1, {WEIGHTS: [piece_of("w", torch.ones(2))]}, meta={})
+    with pytest.raises(BadInput, match="not at s3://.*: no more"):
+        saver.wait()
+    assert Bucket(url).whole() == []
 
 
 def test_what_came_damaged_from_the_bucket_is_refused(url: str, tmp_path: Path):
