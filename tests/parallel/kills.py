@@ -1,14 +1,17 @@
 """Two ranks save again and again, each time killed at another touch of a file, and what is left is always whole.
 
-    python -m tests.parallel.kills FOLDER STRIDE
+    python -m tests.parallel.kills FOLDER STRIDE [URL]
 
 Files change only where they are touched, so that a kill before each touch is a kill at any moment. First the touches of
 one save are counted, then every STRIDE-th is made fatal, of either rank, to itself alone or to both. After each
-kill the same is tried again, as a person would. Each attempt is a fork, which spares it the imports.
+kill the same is tried again, as a person would. Each attempt is a fork, which spares it the imports. With the URL of a
+bucket each save goes there too, requests that change it are touches as well, and each attempt first looks whether what
+is newest in it is whole.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
@@ -23,7 +26,7 @@ from torch import Tensor
 
 from litchi.config import BadInput
 from litchi.parallel.checkpoint import Saver, newest, step_name, step_of
-from litchi.parallel.mesh import Layout, join
+from litchi.parallel.mesh import Layout, World, join
 from litchi.parallel.pieces import Piece, read_boxes
 
 FILES = ("model/model.safetensors", "resume/a.safetensors")
@@ -32,7 +35,8 @@ WHOLE, STOPPED, SILENT = 0, 3, 9
 """Exit codes of a rank: its save is whole, it stopped with one clear line, it was killed."""
 
 
-def main(folder: Path, stride: int) -> None:
+def main(folder: Path, stride: int, url: str = "") -> None:
+    os.environ["KILLS_URL"] = url
     for _ in range(2):  # from the third on a save removes an older one
         assert attempt(folder, 0, 0, False) == [WHOLE, WHOLE]
     counts = [count(folder, rank) for rank in (0, 1)]
@@ -98,9 +102,12 @@ def live(folder: Path, rank: int, store: Path, reaper: Reaper) -> int:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(str(store), 2), rank=rank, world_size=2)
     world = join(Layout(), torch.device("cpu"))
-    reaper.watch()
+    url = os.environ["KILLS_URL"]
+    if url:
+        look_into_bucket(world, store.parent / "elsewhere", url, newest(folder))
+    reaper.watch(url)
     try:
-        saver = Saver(world, folder, keep=2)
+        saver = Saver(world, folder, keep=2, bucket=url)
         begin, step = saver.newest(), 0
         if begin is not None:
             step = step_of(begin.name)
@@ -112,6 +119,14 @@ def live(folder: Path, rank: int, store: Path, reaper: Reaper) -> int:
         print(f"  {error}", flush=True)
         return STOPPED
     return WHOLE
+
+
+def look_into_bucket(world: World, elsewhere: Path, url: str, here: Path | None) -> None:
+    """What is newest there is whole, and no more than one save behind."""
+    found = Saver(world, elsewhere, bucket=url).newest()
+    if here is not None:
+        assert found is not None and step_of(here.name) - step_of(found.name) in (0, 1)
+        check(found, step_of(found.name))
 
 
 def piece(rank: int, step: int) -> Piece:
@@ -135,18 +150,21 @@ class Reaper:
     def __init__(self, folder: Path, fatal: int, both: bool) -> None:
         self.prefix, self.fatal, self.both, self.touches = str(folder), fatal, both, 0
 
-    def watch(self) -> None:
+    def watch(self, url: str) -> None:
         sys.addaudithook(self.hear)
         os.pwrite, os.fsync = self.after(os.pwrite), self.after(os.fsync)
+        if url:
+            store = importlib.import_module("obstore")
+            store.put, store.delete = self.after(store.put), self.after(store.delete)
 
     def hear(self, event: str, args: tuple) -> None:
         if event.startswith(("open", "os.", "shutil.")) and any(str(a).startswith(self.prefix) for a in args):
             self.touch()
 
     def after(self, call: Callable) -> Callable:
-        def counted(*args: object) -> object:
+        def counted(*args: object, **options: object) -> object:
             self.touch()
-            return call(*args)
+            return call(*args, **options)
 
         return counted
 
@@ -157,4 +175,4 @@ class Reaper:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])

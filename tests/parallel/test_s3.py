@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from litchi.config import BadInput
 from litchi.parallel.bucket import Bucket
@@ -16,6 +19,7 @@ from litchi.parallel.checkpoint import Saver, newest, step_name
 from litchi.parallel.crew import Crew
 from litchi.parallel.mesh import Layout, World
 from litchi.parallel.pieces import piece_of
+from tests.house.sources import ROOT
 from tests.parallel.networks import RESUME, WEIGHTS, build, files, place, values
 from tests.parallel.stores import Server, weed
 
@@ -90,6 +94,22 @@ def test_without_meta_json_it_is_not_there(url: str, tmp_path: Path):
     assert bucket.whole() == [step_name(3), step_name(4)] and len(bucket._names()) == 2, "the half one is removed"
 
 
+def test_a_step_that_is_put_again_is_not_there_until_it_is_whole(url: str, tmp_path: Path):
+    """A run that went back may come to a step that is there already, with other files."""
+    save_one(tmp_path / "a", url, 1)
+    saver = Saver(World(), tmp_path / "b", bucket=url)
+    saver.bucket = bucket = Bucket(url)
+
+    def refuse(*_: object) -> None:
+        raise BadInput("no more")
+
+    bucket.put = refuse  # type: ignore[method-assign]
+    saver.save(1, {WEIGHTS: [piece_of("w", torch.ones(2))]}, meta={})
+    with pytest.raises(BadInput, match="not at s3://.*: no more"):
+        saver.wait()
+    assert Bucket(url).whole() == []
+
+
 def test_what_came_damaged_from_the_bucket_is_refused(url: str, tmp_path: Path):
     save_one(tmp_path / "a", url, 1)
     (tmp_path / "a" / step_name(1) / WEIGHTS).write_bytes(b"other")
@@ -150,6 +170,13 @@ def test_a_store_that_dies_during_a_save_is_told_and_nothing_is_lost(
     assert Bucket(url).whole() == [step_name(1)], "half of step 2 has gone up, and it is not there"
     save_one(tmp_path, url, 3)
     assert Bucket(url).whole() == [step_name(1), step_name(3)]
+
+
+def test_killed_at_any_touch_what_is_newest_in_the_bucket_is_whole(server: Server, url: str, tmp_path: Path):
+    """Every 41st touch of a file or request to the store, of one rank and of both; all with a stride of 1."""
+    command = [sys.executable, "-m", "tests.parallel.kills", str(tmp_path), "41", url]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert answer.returncode == 0 and answer.stdout.endswith("done\n"), answer.stdout + answer.stderr
 
 
 def test_an_address_that_is_none_is_named():

@@ -82,6 +82,8 @@ class Host:
 class Saver:
     """Saves one checkpoint at a time. Every rank makes one, and calls all of it in the same order.
 
+    Drafts that a kill left in `folder` are removed, so that nobody but the run itself may make one.
+
     `bucket` is "" or an s3:// address, where each checkpoint is put as well once it is whole in `folder`. With
     `on_failed` "go on" a failure is one line to `report` on every rank; with "stop" that line is raised as BadInput.
     """
