@@ -20,7 +20,7 @@ from litchi.config import BadInput
 from litchi.parallel.crew import Crew
 from litchi.parallel.mesh import Layout, World, join
 from litchi.train.blame import HUNG, Standing, blame, read_standings, standing_path, straggling, write_standing
-from litchi.train.watch import SUPERVISED, Shares, Watch, WatchConfig, agreed, await_path, locate, outwards
+from litchi.train.watch import SUPERVISED, Shares, Watch, WatchConfig, await_path, locate, outwards
 from tests.train.toy import SERVER
 
 CODE, TREE = "src/litchi/model/network.py:50 in forward", "src/litchi/parallel/collectives.py:9 in total"
@@ -291,24 +291,19 @@ def test_a_collective_is_seen_by_the_name_it_was_called_by(pair: Crew, kind: str
     assert seen == kind and line.startswith("tests/train/test_watch.py:") and line.endswith("in collective")
 
 
-def stop_at(folder: str) -> tuple[int, float]:
-    """Rank 1 is asked at step 3; where each rank stops, and what rank 0 says of its metrics."""
+def uneven(folder: str) -> float:
+    """Rank 1 works, rank 0 waits for it; what the metrics of rank 0 say of that."""
     world = join(Layout(), torch.device("cpu"))
-    row: dict[str, float] = {}
     with Watch(world, Path(folder), WatchConfig(sample=0.002, beat=0.02)) as watch:
-        for step in range(400):
-            time.sleep(0.02 if world.rank == 1 else 0.001)
+        for step in range(40):
+            time.sleep(0.02 if world.rank == 1 else 0.0)
+            dist.barrier()
             watch.step(step)
-            row = watch.row()
-            if agreed(world.rank == 1 and step >= 30 or step > 300, world):
-                break
-    return step, row.get("straggling", 0.0)
+        return watch.row().get("straggling", 0.0)
 
 
-def test_all_stop_at_one_step_and_the_straggler_shows(pair: Crew, tmp_path: Path) -> None:
-    (first, ratio), (second, _) = pair.run(stop_at, str(tmp_path))
-    assert first == second == 30
-    assert 1.5 < ratio <= 2.0, "rank 1 works nearly all of the time, rank 0 nearly none"
+def test_the_straggler_shows_in_the_metrics(pair: Crew, tmp_path: Path) -> None:
+    assert 1.5 < pair.run(uneven, str(tmp_path))[0] <= 2.0, "rank 1 works nearly all of the time, rank 0 nearly none"
 
 
 def test_what_rank_0_makes_is_awaited(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from litchi.parallel.mesh import World, started_by_launcher
 from litchi.train.launch import adopt_slurm
-from litchi.train.watch import Watch, WatchConfig, agreed
+from litchi.train.watch import Watch, WatchConfig
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["__main__", __name__])  # torch is imported once for the ranks of all tests
@@ -61,6 +61,14 @@ def gradient(world: World, step: int) -> torch.Tensor:
     if world.size > 1:
         dist.all_reduce(part)
     return part
+
+
+def agreed(asked: bool, world: World) -> bool:
+    """Whether any rank was asked to stop: they stop together."""
+    flag = torch.tensor(int(asked))
+    if world.size > 1:
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag)
 
 
 def expected(size: int, steps: int = STEPS) -> list[float]:

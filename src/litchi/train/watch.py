@@ -328,18 +328,6 @@ def issued() -> dict[str, int]:
     return found
 
 
-# ---- ranks together -----------------------------------------------------------------------------------------------
-
-
-def agreed(asked: bool, world: World) -> bool:
-    """Whether any rank was asked to stop. A collective: all ranks call it at the same step, and then all stop there."""
-    if world.size == 1:
-        return asked
-    flag = torch.tensor(int(asked), dtype=torch.int32, device=world.device)
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag)
-
-
 def await_path(path: Path, patience: float = 3600.0) -> None:
     """Wait for a file or folder that rank 0 makes for all. Raises BadInput if it does not come."""
     until = time.monotonic() + patience
