@@ -175,9 +175,9 @@ def test_tied_tables_stay_equal_in_every_bit(crew: Crew):
 # ---- with other axes ----------------------------------------------------------------------------------------------
 
 
-def certify_zero(schedule: Schedule, tied: bool) -> float:
+def certify_zero(schedule: Schedule, tied: bool, zero: int) -> float:
     """Two pipelines, whose ranks at the same stage divide their weights by FSDP2."""
-    world = join(Layout(pipeline=2, schedule=schedule, zero=2, exact=False), torch.device("cpu"))
+    world = join(Layout(pipeline=2, schedule=schedule, zero=zero, exact=False), torch.device("cpu"))
     pairs, pipeline = microbatches("vision", 8), split(copy_of(whole("vision", tied, 4)), world)
     for model in pipeline.models:
         shard.apply(model, world, pipeline.borrowed(model))
@@ -187,9 +187,12 @@ def certify_zero(schedule: Schedule, tied: bool) -> float:
     return worst(pipeline, None, alone("vision", tied, 4, 8))
 
 
-@pytest.mark.parametrize(("schedule", "tied"), [("gpipe", True), ("1f1b", False), ("zero_bubble", True), ("zbv", True)])
-def test_zero_divides_the_weights_of_stages(crew: Crew, schedule: Schedule, tied: bool):
-    assert max(crew.run(certify_zero, schedule, tied)) <= 1e-5
+@pytest.mark.parametrize(
+    ("schedule", "tied", "zero"),
+    [("gpipe", True, 2), ("1f1b", False, 3), ("zero_bubble", True, 3), ("zbv", True, 3), ("dualpipev", False, 3)],
+)
+def test_zero_divides_the_weights_of_stages(crew: Crew, schedule: Schedule, tied: bool, zero: int):
+    assert max(crew.run(certify_zero, schedule, tied, zero)) <= 1e-5
 
 
 def certify_tensor(schedule: Schedule, sequence: bool) -> float:
