@@ -46,6 +46,9 @@ After = Callable[[Model], None]
 """Told when a stage's gradient of one microbatch is whole."""
 M = TypeVar("M", bound=nn.Module)
 TABLE = "embed_tokens.weight"
+PARTED = ("zero_bubble", "zbv", "dualpipev")
+"""Schedules that find the gradient of weights apart, by the whole weights of the forward; with ZeRO-3 they keep those
+until a step ends. Torch 2.13 would add them to the wrong tensors, and say nothing."""
 
 
 def split(model: Model, world: World, *, wire: torch.dtype | None = None, sight: float = 0.5) -> Pipeline:
@@ -191,6 +194,9 @@ class Pipeline:
                 raise RuntimeError(f"ranks of a pipeline read different microbatches, (length, number): {told}")
             stations = [Station(self, stage, length) for stage in self.stages]
             name = self.world.layout.schedule
+            for model in self.models:
+                if name in PARTED and isinstance(model, FSDPModule):
+                    model.set_reshard_after_forward(False)
             on = stations[0] if stages_per_rank(name) == 1 else stations
             self.built = length, count, SCHEDULES[name](on, count, self.judge, scale_grads=False)
         return self.built[2]
