@@ -21,16 +21,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from litchi.config import BadInput, from_json, override, to_json
+from litchi.layouts import certify
 from litchi.schema.request import Request
 from litchi.schema.sample import Image, Part, Role, Text
 
 if TYPE_CHECKING:
     from litchi.eval.board import Board
     from litchi.model.generate import Generator
+    from litchi.model.network import ModelConfig
     from litchi.run import Run
     from litchi.schema.episode import Episode
     from litchi.schema.processor import Processor
     from litchi.serve.run import ServeConfig
+    from litchi.train.run import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / "checkpoints"
@@ -87,6 +90,7 @@ def data(args: argparse.Namespace) -> int:
 
 def train(args: argparse.Namespace) -> int:
     """Train a recipe on its shards, from where it stands; on several ranks, and again when one of them is lost."""
+    from litchi.layouts import show_replay
     from litchi.train.launch import Launch, adopt_slurm, arguments, write
     from litchi.train.supervise import Plan, supervise
 
@@ -101,6 +105,10 @@ def train(args: argparse.Namespace) -> int:
         make_processor(run, place)
         plan = Plan(args.ranks, args.restarts)
         return supervise([sys.executable, "-m", "litchi.cli", *command], place.train, plan)
+    if args.replay:
+        from litchi.train.replay import replay
+
+        return show_replay(replay(*training(run, place), args.replay))
     print(make_checkpoint(run, place))
     return 0
 
@@ -263,13 +271,19 @@ def make_data(run: Run, place: Place) -> None:
 
 def make_checkpoint(run: Run, place: Place) -> Path:
     """Fit the processor and train the network, each from where it stands."""
-    from litchi.data.loader import Loader, open_shelves
     from litchi.train.run import run as train_run
+
+    return train_run(*training(run, place))
+
+
+def training(run: Run, place: Place) -> tuple[TrainConfig, ModelConfig, Processor, Callable[[int], Sample], Path, str]:
+    """What the training stage is told."""
+    from litchi.data.loader import Loader, open_shelves
 
     processor = make_processor(run, place)
     model = replace(run.model, vocab_size=run.model.vocab_size or len(processor.tokenizer))
     samples = Loader(open_shelves(place.data, "train"), run.mixture, run.train.seed).at
-    return train_run(run.train, model, processor, samples, place.train, to_json(run))
+    return run.train, model, processor, samples, place.train, to_json(run)
 
 
 def make_processor(run: Run, place: Place, each: int = 2_000) -> Processor:
@@ -515,6 +529,7 @@ def parser() -> argparse.ArgumentParser:
         if name == "train":
             sub.add_argument("--ranks", type=int, default=0, help="processes on this machine, or on each with --launch")
             sub.add_argument("--restarts", type=int, default=3, help="in a row that bring no new step (default 3)")
+            sub.add_argument("--replay", type=int, metavar="STEP", help="take a step of the run again, on this machine")
             sub.add_argument("--launch", choices=("slurm", "kubernetes"), help="print what starts the run there")
             sub.add_argument("--nodes", type=int, default=1, help="machines, with --launch")
             sub.add_argument("--gpus", type=int, default=0, help="of each machine, with --launch; none is CPUs")
@@ -543,6 +558,9 @@ def parser() -> argparse.ArgumentParser:
     words = "which autoencoder a file holds that does not say so: flux, sd3, sdxl, sd15 or wan21"
     sub.add_argument("--as", dest="known", default="", metavar="NAME", help=words)
     sub.add_argument("--to", choices=("litchi", "huggingface"), default="litchi", help="the form to write")
+    sub = verb("certify", certify, settings=False)
+    sub.add_argument("case", nargs="?", default="", help="only layouts with this in their name, such as pipeline")
+    sub.add_argument("--json", action="store_true")
     sub = verb("plan", plan, settings=False)
     sub.add_argument("preset", help="a well-known model, such as yi-34b")
     sub.add_argument("--tensor", type=int, default=1, help="ranks that divide each matrix")

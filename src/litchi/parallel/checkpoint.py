@@ -110,7 +110,7 @@ class Saver:
         self.failure, self.seconds = "", 0.0
         """Of the last save: why it came to nothing, and how long it took in all."""
         with self.or_bad_input():
-            self.peers.together(lambda: clean(folder) if world.rank == 0 else None)
+            self.peers.together(lambda: clean(folder, keep) if world.rank == 0 else None)
 
     def save(
         self,
@@ -353,10 +353,10 @@ def newest(folder: Path) -> Path | None:
 
 def prune(folder: Path, keep: int) -> None:
     """Keep the newest `keep` whole checkpoints, and nothing older, whole or not."""
-    oldest = step_of(whole(folder)[-keep:][0].name)
-    for path in folder.glob("step_*"):
-        if 0 <= step_of(path.name) < oldest:
-            remove(path)
+    for path in whole(folder)[-keep:][:1]:
+        for old in folder.glob("step_*"):
+            if 0 <= step_of(old.name) < step_of(path.name):
+                remove(old)
 
 
 def remove(folder: Path) -> None:
@@ -366,8 +366,8 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def clean(folder: Path) -> None:
-    """Undo what a kill left behind: drafts, and a checkpoint that had been moved aside for another one."""
+def clean(folder: Path, keep: int) -> None:
+    """Undo what a kill left behind: drafts, a checkpoint that had been moved aside for another one, and old ones."""
     folder.mkdir(parents=True, exist_ok=True)
     for draft in folder.glob(".step_*.writing"):
         shutil.rmtree(draft)
@@ -376,3 +376,4 @@ def clean(folder: Path) -> None:
             old.rename(kept)
         else:
             shutil.rmtree(old)
+    prune(folder, keep)

@@ -38,7 +38,8 @@ class Layout:
     zero: Literal[0, 1, 2, 3] = 3
     """What data parallelism divides: 0 nothing, 1 the optimizer's state, 2 gradients as well, 3 weights as well.
 
-    In a pipeline 3 is as 2 during a step: its schedules go back to a stage's weights too often to gather them anew.
+    In a pipeline 3 gathers a stage's weights anew for every microbatch, or with the schedules that find gradients of
+    weights apart (zero_bubble, zbv, dualpipev) keeps them together during a step, as 2 does.
     """
     tensor: int = 1
     sequence: bool = True

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from litchi.model.network import Model, ModelConfig, first_value
 from litchi.model.vision import SineTable
-from litchi.parallel import context, expert, shard, tensor
+from litchi.parallel import context, expert, recompute, shard, tensor
 from litchi.parallel.leaf import Leaf, local_of
 from litchi.parallel.mesh import World
 from litchi.parallel.pipeline import Pipeline, split
+from litchi.parallel.recompute import Recompute
 
 
 @dataclass(slots=True)
@@ -39,27 +40,34 @@ class Placed:
         return [leaf for leaf in self.leaves.values() if leaf.parameter.requires_grad]
 
 
-def build(c: ModelConfig, world: World, *, freeze: Callable[[Model], None] = lambda model: None) -> Placed:
+def build(
+    c: ModelConfig,
+    world: World,
+    *,
+    freeze: Callable[[Model], None] = lambda model: None,
+    again: Recompute = "none",
+) -> Placed:
     """A network without values, in its place; `fill` gives it some. No rank ever holds more than its part."""
     with torch.device("meta"):
         model = Model(c)
     freeze(model)
-    placed = apply(model, world)
+    placed = apply(model, world, again=again)
     for stage in placed.models:
         stage.to_empty(device=world.device)
     return take_leaves(placed)
 
 
-def apply(model: Model, world: World) -> Placed:
+def apply(model: Model, world: World, *, again: Recompute = "none") -> Placed:
     """Put a network, with values or without, in its place; it is changed.
 
-    In this order: slices of matrices, tokens of a batch, experts, stages, and last what ZeRO divides. Raises BadInput
-    if something cannot be divided.
+    In this order: slices of matrices, tokens of a batch, experts, what layers compute again, stages, and last what ZeRO
+    divides. Raises BadInput if something cannot be divided.
     """
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     tensor.apply(model, world)
     context.apply(model, world)
     expert.apply(model, world)
+    recompute.apply(model, again)
     pipeline = split(model, world) if world.degree("pipeline") > 1 else None
     placed = Placed(model if pipeline is None else pipeline.models[0], world, {}, pipeline)
     shared_out = world.degree("expert") > 1

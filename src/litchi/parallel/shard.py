@@ -42,9 +42,8 @@ def apply(model: Model, world: World, whole: set[nn.Parameter]) -> None:
     mesh = world.submesh(*SHARD)
     if mesh is None or not divides(world):
         return
-    together = world.layout.zero < 3 or world.degree("pipeline") > 1
     for module in units(model):
-        again = not together and module is not model  # heads are read after the forward
+        again = world.layout.zero == 3 and module is not model  # heads are read after the forward
         fully_shard(module, mesh=mesh, reshard_after_forward=again, ignored_params=whole or None)
         settle(module, world)
 

@@ -20,8 +20,11 @@ from litchi.model.network import Model, ModelConfig
 from litchi.model.tensorfile import open_tensors
 from litchi.model.weights import from_hugging_face
 from litchi.parallel.checkpoint import Saver, newest, step_name
+from litchi.parallel.collectives import gather_all
 from litchi.parallel.mesh import DATA, Layout, World, join, leave
+from litchi.parallel.offload import offload
 from litchi.parallel.plan import Placed, build, fill, first_values
+from litchi.parallel.recompute import Recompute
 from litchi.record import Progress, Recorder
 from litchi.schema.processor import Processor
 from litchi.schema.sequence import Batch
@@ -33,7 +36,7 @@ from litchi.train.pictures import Pictures
 from litchi.train.schedule import Schedule, Trapezoid, factor
 from litchi.train.state import State, checkpoint, restore
 from litchi.train.step import Metrics, find_gradient, step_optimizers
-from litchi.train.watch import Watch, WatchConfig, agreed
+from litchi.train.watch import Watch, WatchConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,10 @@ class TrainConfig:
     schedule: Schedule = Trapezoid()
     chunk: int = 0
     """Labelled tokens whose scores of the vocabulary exist at once, 0 for all: less memory where it is large."""
+    recompute: Recompute = "none"
+    """What layers forget after the forward and compute again for the backward: less memory, more work."""
+    offload: bool = False
+    """Whether AdamW's state lies on the CPU while weights are on a GPU."""
     ema: float = 0.998
     """Decay of the averaged weights, which are what a checkpoint offers."""
     scale: dict[str, float] = field(default_factory=dict)
@@ -115,7 +122,7 @@ def run(
 
             watch.step(state.step)
             saver.poll()
-            last, stopped = state.step == config.num_steps, agreed(stop.asked, world)
+            last, stopped = state.step == config.num_steps, anyone(stop.asked, world)
             if state.step % config.log_every == 0 or last:
                 recorder.write(state.step, {**metrics.row(), **watch.row(), "seconds": state.seconds})
             progress.advance(1, note=" ".join(f"{m} {v:.3f}" for m, v in metrics.losses.items()))
@@ -143,6 +150,11 @@ def take_step(state: State, config: TrainConfig, group: list[Batch]) -> tuple[Me
         average(state, config.ema)
     state.step += 1
     return metrics, judgement
+
+
+def anyone(asked: bool, world: World) -> bool:
+    """Whether any rank was asked to stop: they stop at the same step."""
+    return any(said for (said,) in gather_all([asked], world.everyone()))
 
 
 # ---- a run's beginning --------------------------------------------------------------------------------------------
@@ -185,16 +197,19 @@ def fresh(config, model_config: ModelConfig, processor: Processor, samples: Samp
             f"train.num_accumulate={slots} batches a step cannot be shared out over {ranks} ranks that read: "
             f"set a multiple of {ranks}"
         )
-    placed = build(model_config, world, freeze=lambda model: freeze(model, config.frozen))
+    placed = build(model_config, world, freeze=lambda model: freeze(model, config.frozen), again=config.recompute)
     begin(placed, config)
     if config.compile:
         fuse(placed.model)
     learned = placed.learned()
+    optimizers = build_optimizers(learned, config.optimizer)
+    if config.offload:
+        optimizers = offload(optimizers, exact=world.layout.exact)
     return State(
         step=0,
         placed=placed,
         average={leaf.name: leaf.local.detach().clone() for leaf in learned},
-        optimizers=build_optimizers(learned, config.optimizer),
+        optimizers=optimizers,
         batches=[
             Batches(samples, processor, config.batches, config.seed, m, slots) for m in range(first, slots, ranks)
         ],

@@ -28,7 +28,10 @@ from litchi.train.optimizer import Muon
 LEARNED_FROM = ("data", "mixture", "fit", "model", "train")
 """The parts of a Run that decide what is learned; only the same ones may continue a checkpoint."""
 
-HABITS = ("log_every", "save_every", "keep", "layout", "device", "threads")
+HABITS = (
+    *("log_every", "save_every", "keep", "bucket", "on_failed_save", "watch"),
+    *("layout", "device", "threads", "recompute", "offload"),
+)
 """Settings of training that change nothing in the weights."""
 
 
