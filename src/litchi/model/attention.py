@@ -130,7 +130,8 @@ def attend_documents(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, *, pieces: lis
             q, k, v = (x.transpose(0, 1)[None] for x in qkv)
             for block, mask in zip(q.split(BLOCK, 2), piece.masks, strict=True):
                 end = mask.shape[1]
-                o = F.scaled_dot_product_attention(block, k[:, :, :end], v[:, :, :end], attn_mask=mask)
+                read = (k, v) if end == piece.length else (k[:, :, :end], v[:, :, :end])
+                o = F.scaled_dot_product_attention(block, *read, attn_mask=mask)
                 o_QHK.append(o[0].transpose(0, 1))
     return torch.cat(o_QHK)
 

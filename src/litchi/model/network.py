@@ -209,15 +209,23 @@ class Layer(nn.Module):
         route: Sequence[Tensor],
         cache: KVCache | None,
     ) -> Tensor:
+        q, k, v = self.ask(x_TD, rotation, route)
+        if cache is not None:
+            k, v = cache.extend(index, k, v)
+        return self.answer(x_TD, attend(q, k, v).flatten(1), route)
+
+    def ask(
+        self, x_TD: Tensor, rotation: tuple[Tensor, Tensor] | None, route: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, turned to their positions."""
         if len(self.experts) == 1:
             q, k, v = self.experts[0].read(x_TD)
         else:
             q, k, v = (rejoin(p, route) for p in zip(*(e.read(x_TD[r]) for e, r in self.routed(route)), strict=True))
-        if rotation is not None:
-            q, k = rotate(q, rotation), rotate(k, rotation)
-        if cache is not None:
-            k, v = cache.extend(index, k, v)
-        o_TO = attend(q, k, v).flatten(1)
+        return (q, k, v) if rotation is None else (rotate(q, rotation), rotate(k, rotation), v)
+
+    def answer(self, x_TD: Tensor, o_TO: Tensor, route: Sequence[Tensor]) -> Tensor:
+        """The tokens with what attention found and what MLPs make of it."""
         if len(self.experts) == 1:
             return self.experts[0].write(x_TD, o_TO)
         return rejoin([e.write(x_TD[r], o_TO[r]) for e, r in self.routed(route)], route)
