@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from litchi.run import Run
     from litchi.schema.episode import Episode
     from litchi.schema.processor import Processor
+    from litchi.schema.sample import Sample
     from litchi.serve.run import ServeConfig
     from litchi.train.run import TrainConfig
 

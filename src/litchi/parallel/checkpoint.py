@@ -112,6 +112,12 @@ class Saver:
         with self.or_bad_input():
             self.peers.together(lambda: clean(folder, keep) if world.rank == 0 else None)
 
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wait()
+
     def save(
         self,
         step: int,

@@ -103,7 +103,12 @@ def run(
     ledger.rewind(state.step + 1)
     pictures = Pictures(folder, processor, samples, silent=not lead)
 
+    if state.step == config.num_steps:
+        leave(world)
+        return newest_checkpoint(folder) or folder
+
     with (
+        saver,
         Watch(world, folder, config.watch, state.placed.model) as watch,
         Interrupt() as stop,
         Progress(config.num_steps, "train", done=state.step, silent=not lead) as progress,
