@@ -11,13 +11,14 @@ from bench.row import append
 from litchi.data.jobs import JOBS
 from litchi.data.ticket import Ticket
 from litchi.model.network import Model, initialise
+from litchi.parallel.fuse import fuse
 from litchi.parallel.mesh import World
 from litchi.parallel.plan import apply
 from litchi.schema.sequence import Batch
 from litchi.train.batches import Batches
 from litchi.train.fit import fit_processor
 from litchi.train.optimizer import build_optimizers
-from litchi.train.run import fuse, tame_memory
+from litchi.train.run import tame_memory
 from litchi.train.step import train_step
 from recipes.tiny import run
 
@@ -38,7 +39,7 @@ def main() -> None:
     group = [next(batches) for _ in range(STEPS + 1)]
     config = replace(recipe.model, vocab_size=len(processor.tokenizer))
     plain, compiled = Model(config), Model(config)
-    fuse(compiled)
+    fuse(compiled, torch.device("cpu"))
     ours = pace(compiled, group, torch.bfloat16)
     peers = {
         "bf16 by rows, not compiled": pace(plain, group, torch.bfloat16),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import shutil
 import signal
 import time
 from dataclasses import dataclass, field
@@ -19,8 +18,10 @@ from litchi.config import BadInput
 from litchi.model.network import Model, ModelConfig
 from litchi.model.tensorfile import open_tensors
 from litchi.model.weights import from_hugging_face
+from litchi.parallel import float8
 from litchi.parallel.checkpoint import Saver, newest, step_name
 from litchi.parallel.collectives import gather_all
+from litchi.parallel.fuse import fuse
 from litchi.parallel.mesh import DATA, Layout, World, join, leave
 from litchi.parallel.offload import offload
 from litchi.parallel.plan import Placed, build, fill, first_values
@@ -41,7 +42,8 @@ from litchi.train.watch import Watch, WatchConfig
 
 @dataclass(frozen=True, slots=True)
 class TrainConfig:
-    """One run of the loop. `dtype` is what matrices are multiplied in: "float32" or "bfloat16"; weights are fp32.
+    """One run of the loop. Weights are fp32, and `dtype` is what matrices are multiplied in; "float8" is for those of
+    the trunk, and bfloat16 for the rest.
 
     A step reads `num_accumulate` batches, which ranks of data parallelism share out: their number divides it.
     """
@@ -62,7 +64,7 @@ class TrainConfig:
     """Decay of the averaged weights, which are what a checkpoint offers."""
     scale: dict[str, float] = field(default_factory=dict)
     """Factor of each modality's mean loss, 1 where not named."""
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16", "float8"] = "float32"
     compile: bool = False
     """Fuse the elementwise work of layers with torch.compile, which on a CPU needs a C++ compiler."""
     layout: Layout = Layout()
@@ -146,7 +148,7 @@ def run(
 def take_step(state: State, config: TrainConfig, group: list[Batch]) -> tuple[Metrics, Judgement]:
     """One step of optimizers, unless its loss or gradient is no sound one; a step that is left out counts as well."""
     adjust(state.optimizers, factor(config.schedule, state.step, config.num_steps))
-    draw, dtype = (config.seed, state.step), getattr(torch, config.dtype)
+    draw, dtype = (config.seed, state.step), torch.float32 if config.dtype == "float32" else torch.bfloat16
     metrics = find_gradient(state.placed, group, scale=config.scale, dtype=dtype, draw=draw, chunk=config.chunk)
     judgement = judge(config.guard, state.history, metrics.losses, metrics.gradient_norm)
     state.history = judgement.history
@@ -204,8 +206,11 @@ def fresh(config, model_config: ModelConfig, processor: Processor, samples: Samp
         )
     placed = build(model_config, world, freeze=lambda model: freeze(model, config.frozen), again=config.recompute)
     begin(placed, config)
-    if config.compile:
-        fuse(placed.model)
+    for stage in placed.models:
+        if config.dtype == "float8":
+            float8.apply(stage, world.device)
+        if config.compile:
+            fuse(stage, world.device)
     learned = placed.learned()
     optimizers = build_optimizers(learned, config.optimizer)
     if config.offload:
@@ -253,15 +258,6 @@ def freeze(model: Model, beginnings: tuple[str, ...]) -> None:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise BadInput("train.frozen leaves nothing to learn: name fewer")
-
-
-def fuse(model: Model) -> None:
-    """Compile what layers do to tokens one by one; attention stays as it is. oracle: the same layers, not compiled"""
-    if next(model.parameters()).device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
-        raise BadInput("train.compile needs a C++ compiler on a CPU: install g++, or set train.compile=false")
-    for layer in model.layers:
-        for expert in layer.experts:
-            expert.read, expert.write = torch.compile(expert.read), torch.compile(expert.write)
 
 
 class Interrupt:
