@@ -106,6 +106,7 @@ class Step:
     weight: Mapping[str, float]
     scale: Mapping[str, float]
     dtype: torch.dtype
+    chunk: int = 0
     after: After | None = None
     loss: Loss | None = None
     trace: list[Moment] = field(default_factory=list)
@@ -156,17 +157,18 @@ class Pipeline:
         weight: Mapping[str, float],
         scale: Mapping[str, float],
         dtype: torch.dtype = torch.float32,
+        chunk: int = 0,
         after: After | None = None,
     ) -> Loss | None:
         """Adds the gradients of all microbatches to `.grad` of this rank's parameters; the loss, where the last stage is.
 
-        `weight` is the global weight, as for `Loss.over`. `after` is called with a stage when one microbatch's gradient
+        `weight` is the global weight, as for `Loss.over`; `chunk` is that of `objective.text_loss`. `after` is called with a stage when one microbatch's gradient
         of it is whole; if it takes gradients away, `tie` is the caller's. Raises BadInput if microbatches differ in
         length, or if the schedule cannot run so many.
         """
         length = self.check(pairs)
         schedule = self.schedule(length, len(pairs))
-        self.step = Step(pairs, weight, scale, dtype, after)
+        self.step = Step(pairs, weight, scale, dtype, chunk, after)
         which = torch.arange(len(pairs))
         first = (which,) if 0 in self.stages else ()
         target = which if self.last in self.stages else None
@@ -210,16 +212,16 @@ class Pipeline:
     def judge(self, x_TD: Tensor, which: Tensor) -> Tensor:
         """The scalar that the last stage differentiates for one microbatch."""
         step = self.step
-        loss = self.loss_from(x_TD, step.pairs[int(which)], step.dtype)
+        loss = self.loss_from(x_TD, step.pairs[int(which)], step.dtype, step.chunk)
         told = Loss({m: total.detach() for m, total in loss.total.items()}, loss.weight)
         step.loss = told if step.loss is None else step.loss + told
         scalar = loss.over(step.weight, step.scale)
         step.trace[-1] = replace(step.trace[-1], stop=time.perf_counter())
         return scalar
 
-    def loss_from(self, x_TD: Tensor, pair: Pair, dtype: torch.dtype) -> Loss:
+    def loss_from(self, x_TD: Tensor, pair: Pair, dtype: torch.dtype, chunk: int = 0) -> Loss:
         with torch.autocast(self.world.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            return loss_from(self.stages[self.last], x_TD, *pair)
+            return loss_from(self.stages[self.last], x_TD, *pair, chunk)
 
     @torch.no_grad()
     def tie(self) -> None:
