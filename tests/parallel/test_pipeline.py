@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -38,6 +38,8 @@ KINDS = {
     "action": [["frame", "move", "answer"], ["user", "move", "step"], ["step"]],
 }
 """Documents of microbatches in turn; not every one has a picture or an action."""
+Whole = tuple[dict[str, float], dict[str, Tensor]]
+"""Mean losses and gradients of one process."""
 DEEP = Tower(48, width=16, num_layers=3, deep=(0, 1))
 
 
@@ -81,8 +83,7 @@ def global_weight(model: Model, pairs: Sequence[Pair]) -> dict[str, float]:
 
 
 @cache
-def alone(kind: str, tied: bool, layers: int, count: int) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """The loss and gradients of one process."""
+def alone(kind: str, tied: bool, layers: int, count: int) -> Whole:
     model, pairs = deepcopy(whole(kind, tied, layers)), microbatches(kind, count)
     weight = global_weight(model, pairs)
     losses: list[Loss] = []
@@ -103,7 +104,7 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm().clamp_min(1e-12))
 
 
-def worst(pipeline: Pipeline, loss: Loss | None, expected: tuple[dict[str, float], dict[str, Tensor]]) -> float:
+def worst(pipeline: Pipeline, loss: Loss | None, expected: Whole) -> float:
     """The largest relative difference of a loss or a gradient on this rank; infinite if one is missing or too many."""
     means, grads = expected
     found = {name: p.grad for name, p in pipeline.named_parameters() if p.grad is not None}
@@ -114,31 +115,46 @@ def worst(pipeline: Pipeline, loss: Loss | None, expected: tuple[dict[str, float
     return float("inf") if missing else max(away)
 
 
-def certify(schedule: Schedule, ranks: int, cases: Sequence[tuple[str, bool]]) -> list[tuple[float, set[str]]]:
-    """The worst difference, and the parameters that this rank calls its own, for each case."""
+@dataclass
+class Told:
+    """What a rank has to say of one run: the worst difference, its own parameters, what it did and how ranks waited."""
+
+    worst: float
+    names: list[str]
+    trace: list[Action]
+    waits: list[float]
+
+
+def certify(schedule: Schedule, ranks: int, cases: Sequence[tuple[str, bool]], alone: Sequence[Whole]) -> list[Told]:
     world = join(Layout(pipeline=ranks, schedule=schedule), torch.device("cpu"))
-    layers, count, rows = 2 * ranks, 2 * ranks, []
-    for kind, tied in cases:
-        pairs = microbatches(kind, count)
-        pipeline = split(deepcopy(whole(kind, tied, layers)), world)
+    rows = []
+    for (kind, tied), expected in zip(cases, alone, strict=True):
+        pairs = microbatches(kind, 2 * ranks)
+        pipeline = split(deepcopy(whole(kind, tied, 2 * ranks)), world)
         loss = pipeline.backward(pairs, global_weight(pipeline.models[0], pairs), SCALE)
         assert (loss is not None) == (pipeline.last in pipeline.stages)
-        names = {name for name, _ in pipeline.named_parameters()} - pipeline.copies()
-        rows.append((worst(pipeline, loss, alone(kind, tied, layers, count)), names))
+        names = [name for name, _ in pipeline.named_parameters() if name not in pipeline.copies()]
+        trace = [moment.action for moment in pipeline.step.trace]
+        rows.append(Told(worst(pipeline, loss, expected), names, trace, pipeline.waits()))
     return rows
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_loss_and_gradients_are_one_process_s(crew: Crew, schedule: Schedule, ranks: int):
-    odd = list(SCHEDULES).index(schedule) % 2
-    kinds = ["text", "image", "vision", "action"] if ranks == 2 else ["image", "vision"]
-    cases = [(kind, (place + odd) % 2 == 0) for place, kind in enumerate(kinds)]
-    answers = crew.run(certify, schedule, ranks, cases, size=ranks)
-    for place, (kind, tied) in enumerate(cases):
-        assert max(answer[place][0] for answer in answers) <= 1e-5, (kind, tied)
-        names = [name for answer in answers for name in answer[place][1]]
-        assert sorted(names) == sorted(name for name, _ in whole(kind, tied, 2 * ranks).named_parameters())
+    odd, kinds = list(SCHEDULES).index(schedule) % 2, ["text", "image", "vision", "action"]
+    cases = [
+        (kind, (place + odd) % 2 == 0) for place, kind in enumerate(kinds if ranks == 2 else kinds[1 + odd : 2 + odd])
+    ]
+    expected = [alone(*case, 2 * ranks, 2 * ranks) for case in cases]
+    answers = crew.run(certify, schedule, ranks, cases, expected, size=ranks)
+    for (kind, tied), told in zip(cases, zip(*answers, strict=True), strict=True):
+        assert max(rank.worst for rank in told) <= 1e-5, (kind, tied)
+        names = sorted(name for rank in told for name in rank.names)
+        assert names == sorted(name for name, _ in whole(kind, tied, 2 * ranks).named_parameters())
+        assert [rank.trace for rank in told] == order(schedule, ranks, 2 * ranks)
+        assert all(rank.waits == told[0].waits for rank in told)
+        assert all(0 < share < 1 for share in told[0].waits)
 
 
 def certify_deep(schedule: Schedule) -> float:
@@ -267,7 +283,7 @@ def test_sums_in_one_order_are_the_same_bits_for_one_pipeline_and_two(crew: Crew
         assert all(torch.equal(grads[name], one[rank // 2][name]) for name in grads)
 
 
-# ---- without gradients, and costs ---------------------------------------------------------------------------------
+# ---- without gradients -------------------------------------------------------------------------------------------
 
 
 def evaluated(schedule: Schedule) -> tuple[dict[str, float], list[Tensor]] | None:
@@ -289,21 +305,6 @@ def test_evaluation_reads_microbatches_of_any_length(crew: Crew, schedule: Sched
         losses = [loss_of(model, *pair) for pair in pairs]
         assert all(torch.equal(ours, model(b)) for ours, (_, b) in zip(answers[0][1], pairs, strict=True))
     assert answers[0][0] == pytest.approx((losses[0] + losses[1] + losses[2]).means(), rel=1e-6)
-
-
-def traced(schedule: Schedule) -> tuple[list[Action], list[float]]:
-    world = join(Layout(pipeline=2, schedule=schedule), torch.device("cpu"))
-    pairs, pipeline = microbatches("text", 4), split(deepcopy(whole("text", True, 4)), world)
-    pipeline.backward(pairs, global_weight(pipeline.models[0], pairs), SCALE)
-    return [moment.action for moment in pipeline.step.trace], pipeline.waits()
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_ranks_do_what_the_planner_says_and_tell_how_long_they_waited(crew: Crew, schedule: Schedule):
-    answers = crew.run(traced, schedule, size=2)
-    assert [actions for actions, _ in answers] == order(schedule, 2, 4)
-    assert answers[0][1] == answers[1][1]
-    assert all(0 < share < 1 for share in answers[0][1])
 
 
 # ---- what is refused ----------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What is known of a pipeline before it runs: the dearest stage is as cheap as can be, and waiting is what it should."""
+"""What is known of a pipeline before it runs: the dearest stage is as cheap as can be, and waiting as foretold."""
 
 from __future__ import annotations
 
