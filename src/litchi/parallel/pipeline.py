@@ -1,7 +1,7 @@
 """Pipeline parallelism: a rank holds some layers of the one network, and microbatches travel from rank to rank.
 
-The schedules are torch's (`torch.distributed.pipelining`). All ranks of a pipeline know all of its microbatches, whatever
-vectors those hold; between ranks only hidden states travel, and their gradients. Names of parameters stay the same.
+The schedules are torch's (`torch.distributed.pipelining`). All ranks of a pipeline know all of its microbatches,
+whatever vectors those hold; between ranks only hidden states travel, and their gradients. Names of parameters stay.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ until a step ends. Torch 2.13 would add them to the wrong tensors, and say nothi
 def split(model: Model, world: World, *, wire: torch.dtype | None = None, sight: float = 0.5) -> Pipeline:
     """This rank's stages, which share their modules with `model`: let go of that one.
 
-    Slices of matrices are cut before, ZeRO divides after. `wire` is the type of hidden states between ranks, the type of
+    Slices of matrices are cut before, ZeRO divides after. `wire` is the type of hidden states between ranks, that of
     the table of words if not given; `sight` is as in `deal`. Raises BadInput if the layers do not suffice.
     """
     schedule, ranks = world.layout.schedule, world.degree("pipeline")
@@ -106,6 +106,7 @@ class Step:
     weight: Mapping[str, float]
     scale: Mapping[str, float]
     dtype: torch.dtype
+    chunk: int = 0
     after: After | None = None
     loss: Loss | None = None
     trace: list[Moment] = field(default_factory=list)
@@ -146,7 +147,7 @@ class Pipeline:
     def borrowed(self, model: Model) -> set[nn.Parameter]:
         """Parameters of a stage that are an earlier one's on this rank: ZeRO divides them there."""
         ends = self.config.tied and 0 in self.stages and model is self.stages.get(self.last)
-        return {model.embed_tokens.weight} if ends else set()
+        return {dict(model.named_parameters())[TABLE]} if ends else set()
 
     # ---- training
 
@@ -156,17 +157,19 @@ class Pipeline:
         weight: Mapping[str, float],
         scale: Mapping[str, float],
         dtype: torch.dtype = torch.float32,
+        chunk: int = 0,
         after: After | None = None,
     ) -> Loss | None:
-        """Adds the gradients of all microbatches to `.grad` of this rank's parameters; the loss, where the last stage is.
+        """Adds the gradients of all microbatches to `.grad` of this rank's parameters; gives the loss where the last
+        stage is.
 
-        `weight` is the global weight, as for `Loss.over`. `after` is called with a stage when one microbatch's gradient
-        of it is whole; if it takes gradients away, `tie` is the caller's. Raises BadInput if microbatches differ in
-        length, or if the schedule cannot run so many.
+        `weight` is the global weight, as for `Loss.over`; `chunk` is that of `objective.text_loss`. `after` is called
+        with a stage when one microbatch's gradient of it is whole; if it takes gradients away, `tie` is the caller's.
+        Raises BadInput if microbatches differ in length, or if the schedule cannot run so many.
         """
         length = self.check(pairs)
         schedule = self.schedule(length, len(pairs))
-        self.step = Step(pairs, weight, scale, dtype, after)
+        self.step = Step(pairs, weight, scale, dtype, chunk, after)
         which = torch.arange(len(pairs))
         first = (which,) if 0 in self.stages else ()
         target = which if self.last in self.stages else None
@@ -204,26 +207,26 @@ class Pipeline:
     def work(self, stage: int, batch: Batch, x_TD: Tensor | None, dtype: torch.dtype) -> Tensor:
         """What one stage makes of a microbatch; x_TD comes from the stage before."""
         with torch.autocast(self.world.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            x_TD = self.stages[stage](batch, None, x_TD)
-        return x_TD if stage == self.last else x_TD.to(self.wire)
+            made_TD = self.stages[stage](batch, None, x_TD)
+        return made_TD if stage == self.last else made_TD.to(self.wire)
 
     def judge(self, x_TD: Tensor, which: Tensor) -> Tensor:
         """The scalar that the last stage differentiates for one microbatch."""
         step = self.step
-        loss = self.loss_from(x_TD, step.pairs[int(which)], step.dtype)
+        loss = self.loss_from(x_TD, step.pairs[int(which)], step.dtype, step.chunk)
         told = Loss({m: total.detach() for m, total in loss.total.items()}, loss.weight)
         step.loss = told if step.loss is None else step.loss + told
         scalar = loss.over(step.weight, step.scale)
         step.trace[-1] = replace(step.trace[-1], stop=time.perf_counter())
         return scalar
 
-    def loss_from(self, x_TD: Tensor, pair: Pair, dtype: torch.dtype) -> Loss:
+    def loss_from(self, x_TD: Tensor, pair: Pair, dtype: torch.dtype, chunk: int = 0) -> Loss:
         with torch.autocast(self.world.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            return loss_from(self.stages[self.last], x_TD, *pair)
+            return loss_from(self.stages[self.last], x_TD, *pair, chunk)
 
     @torch.no_grad()
     def tie(self) -> None:
-        """A tied table lies at both ends: both take the sum of their gradients, so that they stay equal in every bit."""
+        """A tied table lies at both ends: both take the sum of their gradients, so that every bit stays equal."""
         ranks = self.world.layout.pipeline
         ends = [0, rank_of(self.last, self.world.layout.schedule, ranks)]
         here = self.world.index("pipeline")

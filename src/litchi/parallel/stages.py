@@ -89,9 +89,9 @@ def check_microbatches(schedule: Schedule, ranks: int, microbatches: int, reader
 def deal(c: ModelConfig, num_stages: int, *, sight: float = 0.5) -> list[range]:
     """The layers of each stage, so that the dearest stage costs as little as can be.
 
-    The first stage also reads (a vision tower may fill it, so that it holds no layer), the last one has the heads. `sight`
-    is the share of tokens that a tower makes. Raises BadInput if layers do not suffice, or if those that read deep rows
-    of a tower (DeepStack) would not all lie in the first stage.
+    The first stage also reads (a vision tower may fill it, so that it holds no layer), the last one has the heads.
+    `sight` is the share of tokens that a tower makes. Raises BadInput if layers do not suffice, or if those that read
+    deep rows of a tower (DeepStack) would not all lie in the first stage.
     """
     before, layer, after = costs(c, sight)
     deep = max((len(kind.deep) for kind in c.modalities.values() if isinstance(kind, Tower)), default=0)
@@ -109,8 +109,10 @@ def deal(c: ModelConfig, num_stages: int, *, sight: float = 0.5) -> list[range]:
 
 
 def cut(length: int, floor: Sequence[int], cost: Callable[[int, int], float]) -> list[int]:
-    """Where rows of at least `floor` things end, so that the largest cost, and then the sum of squares, is least; early rows
-    are the shorter ones, since first stages keep most microbatches."""
+    """Where rows of at least `floor` things end, so that the largest cost, and then the sum of squares, is least.
+
+    Early rows are the shorter ones, since first stages keep most microbatches.
+    """
     best: list[dict[int, tuple[float, float, tuple[int, ...]]]] = [{0: (0.0, 0.0, ())}]
     for stage, least in enumerate(floor):
         found: dict[int, tuple[float, float, tuple[int, ...]]] = {}
