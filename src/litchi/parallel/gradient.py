@@ -14,12 +14,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from litchi.model.network import drawn
+from litchi.model.network import Model, drawn
 from litchi.model.objective import Loss, loss_of, weights_of
 from litchi.parallel.collectives import Counter, all_reduce, gather_all, tree_all_reduce
 from litchi.parallel.context import share
 from litchi.parallel.leaf import Leaf
 from litchi.parallel.mesh import DATA, EXPERT_SHARD, SHARD, World
+from litchi.parallel.pipeline import Pipeline
 from litchi.parallel.plan import Placed
 from litchi.schema.sequence import Batch
 
@@ -66,10 +67,7 @@ def backward(
     for leaf in learned:
         leaf.parameter.grad = None
     if placed.pipeline is not None:
-        loss = placed.pipeline.backward(shares, weight, scale, dtype)
-        losses = [] if loss is None else [loss]
-        add_up_whole(learned, world)
-        sums = [leaf.grad for leaf in learned]
+        losses, sums = stages(placed, placed.pipeline, shares, weight, scale, dtype, chunk)
     else:
         losses, sums = rounds(placed, shares, partial(Loss.over, weight=weight, scale=scale), dtype, chunk)
     for leaf, gradient in zip(learned, sums, strict=True):
@@ -78,6 +76,44 @@ def backward(
     totals = [float(loss.total[name].detach()) if name in loss.total else 0.0 for loss in losses for name in names]
     totals = totals or [0.0] * len(names)
     return dict(zip(names, in_order(totals, len(names), world.group("pipeline", *DATA, "context")), strict=True))
+
+
+def stages(
+    placed: Placed,
+    pipeline: Pipeline,
+    pairs: Sequence[Pair],
+    weight: Mapping[str, float],
+    scale: Mapping[str, float],
+    dtype: torch.dtype,
+    chunk: int,
+) -> tuple[list[Loss], list[Tensor | None]]:
+    """As `rounds`, all microbatches in a schedule: the loss is where the last stage is.
+
+    With a tied table whose two ends lie on one rank (zbv, dualpipev) sums are not exact: both add into one tensor.
+    """
+    world, learned = placed.world, placed.learned()
+    counters = {id(model): Counter() for model in pipeline.models}
+    names = {id(model): {name for name, _ in model.named_parameters()} for model in pipeline.models}
+    of_model = {key: [leaf for leaf in learned if leaf.name in found] for key, found in names.items()}
+
+    def take(model: Model) -> None:
+        """One microbatch's gradient of a stage, out of the way of the next."""
+        leaves = of_model[id(model)]
+        add_up_whole(leaves, world)
+        counters[id(model)].push([leaf.parameter.grad for leaf in leaves])
+        for leaf in leaves:
+            leaf.parameter.grad = None
+
+    exact = world.layout.exact and len(learned) == sum(map(len, of_model.values()))
+    loss = pipeline.backward(pairs, weight, scale, dtype, chunk, after=take if exact else None)
+    if exact:
+        for key, leaves in of_model.items():
+            for leaf, gradient in zip(leaves, counters[key].total(), strict=True):
+                leaf.parameter.grad = gradient
+        pipeline.tie()
+    else:
+        add_up_whole(learned, world)
+    return ([] if loss is None else [loss]), [leaf.grad for leaf in learned]
 
 
 def rounds(

@@ -100,7 +100,7 @@ def axes() -> Iterator[Case]:
     for schedule in ("gpipe", "1f1b"):
         yield Case(f"pipeline, {schedule}", Layout(pipeline=4, schedule=schedule))
     for schedule in ("interleaved", "loop", "zero_bubble", "zbv", "dualpipev"):
-        yield Case(f"pipeline, {schedule}, twice", Layout(pipeline=2, schedule=schedule))
+        yield Case(f"pipeline, {schedule}", Layout(pipeline=2, schedule=schedule, zero=0))
 
 
 def pairs() -> Iterator[Case]:
@@ -112,6 +112,9 @@ def pairs() -> Iterator[Case]:
         yield Case(f"{name} x replicate", replace(layout, replicate=2))
         yield Case(f"{name} x expert", replace(layout, expert=2), MIXTURE)
         yield Case(f"{name} x ZeRO-3, with experts", layout, MIXTURE)
+    for schedule in ("zero_bubble", "zbv", "dualpipev"):
+        yield Case(f"pipeline, {schedule} x ZeRO-3", Layout(pipeline=2, schedule=schedule))
+        yield Case(f"pipeline, {schedule} x data", Layout(pipeline=2, schedule=schedule, zero=0, exact=False))
     yield Case("tensor x context", Layout(tensor=2, context=2))
     yield Case("tensor x pipeline", Layout(tensor=2, pipeline=2))
     yield Case("context x pipeline", Layout(context=2, pipeline=2))
