@@ -93,19 +93,19 @@ def blame_hang(standings: Mapping[int, Standing], size: int, *, silent: float) -
     newest = max(s.at for s in standings.values())
     quiet = [s for s in standings.values() if newest - s.at > silent and s.phase != "done" and not s.failure]
     waiting = [s for s in standings.values() if s.collective and s not in quiet]
-    others = f"; {said_of(waiting)}" if waiting else ""
     if quiet:
         s, step = min(quiet, key=lambda s: s.at), 1 + max(s.step for s in standings.values())
         why = "stopped, or stuck in code that holds the interpreter"
         said = f"{name(s)} has been silent for {newest - s.at:.0f} s in step {step}: {why}; last seen {place(s)}"
-        return Blame((s.rank,), said + others)
+        return Blame((s.rank,), said + said_without(s, waiting))
     outside = [s for s in standings.values() if not s.collective]
     suspects = outside if waiting and outside else list(standings.values())
     behind = set(hindmost(standings)) & {s.rank for s in suspects}
     if behind or (waiting and outside) or size == 1:
         s = min((s for s in suspects if not behind or s.rank in behind), key=lambda s: (s.step, s.since, s.rank))
         verb = "has ended" if s.phase == "done" else "hangs"
-        return Blame((s.rank,), f"{name(s)} {verb} {place(s)}, for {newest - s.since:.0f} s{others}")
+        said = f"{name(s)} {verb} {place(s)}, for {newest - s.since:.0f} s"
+        return Blame((s.rank,), said + said_without(s, waiting))
     return blame_place(list(standings.values()))
 
 
@@ -219,12 +219,17 @@ def place(s: Standing) -> str:
     return " ".join(part for part in (step, line, s.module and f"({s.module})") if part)
 
 
+def said_without(blamed: Standing, waiting: Sequence[Standing]) -> str:
+    others = [s for s in waiting if s is not blamed]
+    return f"; {said_of(others)}" if others else ""
+
+
 def said_of(waiting: Sequence[Standing]) -> str:
     """What most of those that wait wait in."""
     (collective, line), _ = Counter((s.collective, s.line) for s in waiting).most_common(1)[0]
-    ranks = ", ".join(str(s.rank) for s in waiting[:8]) + (", ..." if len(waiting) > 8 else "")
-    who = f"rank {ranks} waits" if len(waiting) == 1 else f"ranks {ranks} wait"
-    return f"{who} in {collective} at {line}"
+    ranks = [str(s.rank) for s in waiting if (s.collective, s.line) == (collective, line)]
+    who = ", ".join(ranks[:8]) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {who} wait{'s' * (len(ranks) == 1)} in {collective} at {line}"
 
 
 def say_killed(rank: int, code: int, standings: Mapping[int, Standing]) -> str:

@@ -251,8 +251,9 @@ class Watch:
 class Shares:
     """How long the main thread works by itself a step: the time of steps, less the share of looks that saw it wait.
 
-    A measurement takes SAMPLES looks and at least one step; `own` is the median of the last ones, so that one hiccup
-    makes no straggler. On a GPU the main thread waits for kernels and not in collectives: all ranks then look alike.
+    A measurement takes SAMPLES looks and at least one step; `own` is the median of the last ones, at least five, so
+    that a hiccup makes no straggler. On a GPU the main thread waits for kernels and not in collectives: there all ranks
+    look alike.
     """
 
     def __init__(self) -> None:
@@ -268,7 +269,7 @@ class Shares:
         self.steps, self.seconds = self.steps + 1, self.seconds + seconds
         if self.looks >= SAMPLES:
             self.measured.append(max(1e-6, self.seconds / self.steps * (1 - self.waits / self.looks)))
-            self.own = statistics.median(self.measured)
+            self.own = statistics.median(self.measured) if len(self.measured) >= 5 else 0.0
             self.looks = self.waits = self.steps = 0
             self.seconds = 0.0
 
