@@ -562,6 +562,7 @@ def parser() -> argparse.ArgumentParser:
     sub = verb("certify", certify, settings=False)
     sub.add_argument("case", nargs="?", default="", help="only layouts with this in their name, such as pipeline")
     sub.add_argument("--json", action="store_true")
+    sub.add_argument("--markdown", action="store_true", help="one row a layout, as in docs/layouts.md")
     sub = verb("plan", plan, settings=False)
     sub.add_argument("preset", help="a well-known model, such as yi-34b")
     sub.add_argument("--tensor", type=int, default=1, help="ranks that divide each matrix")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from litchi.config import BadInput
 from litchi.record import Progress, table
 
 if TYPE_CHECKING:
+    from litchi.train.certify import Finding
     from litchi.train.replay import Replay
 
 
@@ -29,14 +31,27 @@ def certify(args: argparse.Namespace) -> int:
         for finding in findings_of(crew, asked):
             findings.append(finding)
             progress.advance(note=finding.case)
+    rows = [[f.case, f.kind, f.loss, f.gradient, f.worst, "passes" if f.passes else "FAILS"] for f in findings]
     if args.json:
         print(json.dumps([asdict(finding) for finding in findings]))
+    elif args.markdown:
+        print(markdown(findings))
     else:
-        rows = [[f.case, f.kind, f.loss, f.gradient, f.worst, "passes" if f.passes else "FAILS"] for f in findings]
         table("Relative difference from one process, fp32", ["layout", "batch", "loss", "gradient", "of", ""], rows)
     failed = sum(not finding.passes for finding in findings)
     print(f"{len(findings) - failed} of {len(findings)} within {TOLERANCE:g}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def markdown(findings: Sequence[Finding]) -> str:
+    """One row a layout: the largest difference of any gradient for each kind of batch."""
+    kinds = list(dict.fromkeys(finding.kind for finding in findings))
+    lines = [f"| layout | {' | '.join(kinds)} |", "|---" * (len(kinds) + 1) + "|"]
+    for case in dict.fromkeys(finding.case for finding in findings):
+        gaps = {f.kind: max(f.gradient, f.loss) for f in findings if f.case == case}
+        cells = ("same bits" if gaps[kind] == 0 else f"{gaps[kind]:.1e}" for kind in kinds)
+        lines.append(f"| {case} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def show_replay(found: Replay) -> int:

@@ -71,7 +71,7 @@ def find_gradient(
     if not any(weight.values()):
         raise BadInput("no token and no vector of this batch is supervised: give parts a weight above 0")
     totals = backward(placed, pairs, weight, scale, dtype, chunk)
-    losses = {name: totals[name] / w for name, w in weight.items() if w > 0}
+    losses = {name: totals[name] / w for name, w in weight.items() if w != 0}  # not a number is told, too
     return Metrics(losses, weight, norm(placed), ranks * sum(len(b) for b in batches))
 
 
