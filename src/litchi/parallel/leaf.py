@@ -7,10 +7,11 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from litchi.parallel.collectives import all_gather
-from litchi.parallel.mesh import AXES, SHARD, Axis, World
+from litchi.parallel.mesh import AXES, EXPERT_SHARD, SHARD, Axis, World
 from litchi.parallel.tensor import Slice
 
 Box = tuple[tuple[int, int], ...]
@@ -72,6 +73,10 @@ class Leaf:
             held += ("tensor",)
         spare = [axis for axis in AXES if axis not in (*held, "pipeline")]
         return not self.copy and all(world.index(axis) == 0 for axis in spare)
+
+    def twins(self) -> ProcessGroup | None:
+        """The ranks that have the whole of it between them and step it alike; None for one that is alone."""
+        return self.world.group("replicate", *(EXPERT_SHARD if self.expert else SHARD))
 
     def part(self, whole: Tensor) -> Tensor:
         """This rank's values of a whole parameter, or of anything with its shape."""

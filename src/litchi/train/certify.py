@@ -123,7 +123,8 @@ def pairs() -> Iterator[Case]:
 
 
 def certify(crew: Crew, asked: Sequence[Case], kinds: Sequence[str] = KINDS) -> Iterator[Finding]:
-    """One finding for each case and kind of batch."""
+    """One finding for each case and kind of batch. This process computes with one thread from now on, as ranks do."""
+    torch.set_num_threads(1)
     alone: dict[tuple[Mixture | None, str], Probe] = {}
     for case in asked:
         for kind in kinds:

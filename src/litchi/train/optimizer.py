@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from litchi.parallel.collectives import all_gather
 from litchi.parallel.leaf import Leaf
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -59,11 +61,23 @@ class Muon(torch.optim.Optimizer):
             velocity = state.setdefault("momentum", torch.zeros_like(p))
             velocity.lerp_(p.grad, 1 - group["momentum"])
             directions.append(leaf.whole(p.grad.lerp(velocity, group["momentum"])))  # Nesterov
-        updates = orthogonalise(torch.stack(directions))
+        updates = share_out(torch.stack(directions), members[0].twins())
         scale = 0.2 * max(members[0].shape) ** 0.5
         for leaf, update in zip(members, updates, strict=True):
             leaf.local.mul_(1 - group["lr"] * group["weight_decay"])
             leaf.local.add_(leaf.part(update).to(leaf.local.dtype), alpha=-group["lr"] * scale)
+
+
+def share_out(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """A stack orthogonalised between ranks that all have it, each doing some. oracle: `orthogonalise`, bit for bit"""
+    if group is None:
+        return orthogonalise(x)
+    ranks, each = group.size(), -(-len(x) // group.size())
+    mine = x[torch.distributed.get_rank(group) :: ranks]
+    done = x.new_zeros(each, *x.shape[1:], dtype=torch.bfloat16)
+    if len(mine):
+        done[: len(mine)] = orthogonalise(mine)
+    return all_gather(done, group).unflatten(0, (ranks, each)).transpose(0, 1).flatten(0, 1)[: len(x)]
 
 
 def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
