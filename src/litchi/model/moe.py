@@ -44,7 +44,7 @@ class SparseMLP(nn.Module):
         share_TR, chosen_TR = self.choose(x_TD)
         order_N = chosen_TR.flatten().argsort(stable=True)
         counts_E = count_readings(chosen_TR, self.mixture.num_experts)
-        read_ND = self.work(x_TD[order_N // self.mixture.num_chosen], counts_E, self.experts)
+        read_ND = self.work(x_TD[order_N // self.mixture.num_chosen], counts_E, [*self.experts])
         read_TRD = torch.empty_like(read_ND).index_copy(0, order_N, read_ND).unflatten(0, chosen_TR.shape)
         return (read_TRD * share_TR[..., None].to(read_TRD.dtype)).sum(1)
 

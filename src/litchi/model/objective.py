@@ -114,8 +114,8 @@ class ByChunks(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, factor: Tensor):
-        scaled = [None if g is None else g * factor.to(g.dtype) for g in ctx.saved_tensors]
+    def backward(ctx, *factors: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        scaled = [None if g is None else g * factors[0].to(g.dtype) for g in ctx.saved_tensors]
         return None, None, None, None, *scaled
 
 

@@ -83,7 +83,8 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_NM: Tensor):
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+        (grad_NM,) = grads
         x, x_scale, w, w_scale = ctx.saved_tensors
         g, g_scale = scaled(grad_NM, GRADIENTS)
         into_x = into_w = None

@@ -10,7 +10,7 @@ import shutil
 import torch
 
 from litchi.config import BadInput
-from litchi.model.network import Model
+from litchi.model.network import Expert, Layer, Model
 
 
 def fuse(model: Model, device: torch.device) -> None:
@@ -22,10 +22,12 @@ def fuse(model: Model, device: torch.device) -> None:
     if device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
         raise BadInput("train.compile needs a C++ compiler on a CPU: install g++, or set train.compile=false")
     for layer in model.layers:
+        assert isinstance(layer, Layer)
         if device.type != "cpu":
             layer.forward = torch.compile(layer.forward)
         elif len(layer.experts) == 1:
             layer.ask, layer.answer = torch.compile(layer.ask), torch.compile(layer.answer)
         else:  # how many tokens each expert has changes with every batch
             for expert in layer.experts:
+                assert isinstance(expert, Expert)
                 expert.read, expert.write = torch.compile(expert.read), torch.compile(expert.write)
