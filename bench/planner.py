@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from litchi.parallel.anatomy import Workload, text_batch
-from litchi.parallel.ledger import Ledger
+from litchi.parallel.meter import Meter
 from litchi.parallel.mesh import DATA, Layout, join
 from litchi.parallel.plan import build, initialise
 from litchi.schema.sequence import Batch
@@ -56,8 +56,8 @@ def measure(w: Workload, layout: Layout, steps: int) -> Measured:
 
     step()
     gc.collect()
-    ledger = Ledger(x for x in gc.get_objects() if isinstance(x, Tensor))
-    with ledger.lasting():
+    meter = Meter(x for x in gc.get_objects() if isinstance(x, Tensor))
+    with meter.lasting():
         step()
     took = []
     for _ in range(steps):
@@ -66,7 +66,7 @@ def measure(w: Workload, layout: Layout, steps: int) -> Measured:
         began = time.perf_counter()
         step()
         took.append(time.perf_counter() - began)
-    return Measured(ledger.peak, resident("VmHWM") - before, median(took), {})
+    return Measured(meter.peak, resident("VmHWM") - before, median(took), {})
 
 
 def tokens(w: Workload, m: int) -> Batch:

@@ -20,11 +20,12 @@ from litchi.model.attention import Attend
 from litchi.model.moe import SparseMLP
 from litchi.model.network import Model, ModelConfig
 from litchi.model.objective import text_loss
-from litchi.parallel import context, tensor
+from litchi.parallel import context, recompute, tensor
 from litchi.parallel.collectives import take_rows
-from litchi.parallel.fake import FakeLedger, fake_tensors, fake_world
-from litchi.parallel.ledger import Op
+from litchi.parallel.fake import FakeMeter, fake_tensors, fake_world
+from litchi.parallel.meter import Op
 from litchi.parallel.mesh import Layout, World
+from litchi.parallel.recompute import Recompute
 from litchi.schema.sequence import Batch
 
 
@@ -47,8 +48,7 @@ class Workload:
     """Whether averaged weights are kept."""
     chunk: int = 0
     """Tokens whose scores of the vocabulary exist at once; 0 is all."""
-    recompute: bool = False
-    """Whether layers are computed again in the backward pass instead of being kept."""
+    recompute: Recompute = "none"
     device: str = "cpu"
     """cpu or cuda: they attend in different ways."""
 
@@ -104,24 +104,25 @@ def take_apart(w: Workload, alone: Layout, ranks: int) -> Anatomy:
             model = Model(replace(w.model, num_layers=2, modalities={}))
         tensor.apply(model, world)
         context.apply(model, world)
+        recompute.apply(model, w.recompute)
         prepare(model, w, world)
-        ledger = FakeLedger(listing=True)
+        meter = FakeMeter(listing=True)
         with fake_tensors(), torch.autocast("cpu", torch.bfloat16, enabled=w.dtype == "bfloat16", cache_enabled=False):
             model.to_empty(device="cpu")
             for parameter in model.parameters():
-                ledger.see(parameter)
-            with ledger.lasting():
-                return run_parts(model, w, world, ledger)
+                meter.see(parameter)
+            with meter.lasting():
+                return run_parts(model, w, world, meter)
 
 
-def run_parts(model: Model, w: Workload, world: World, ledger: FakeLedger) -> Anatomy:
+def run_parts(model: Model, w: Workload, world: World, meter: FakeMeter) -> Anatomy:
     whole = text_batch(w.rows, w.row)
     batch = text_batch(w.rows, w.row, w.tokens // world.degree("context"))
-    before = ledger.mark()
+    before = meter.mark()
     rotation = None if w.model.places else rotation_of(model, batch)
     attend = model.attention(batch, None)
-    fixed = ledger.alive - before
-    ledger.take()
+    fixed = meter.alive - before
+    meter.take()
     shared = tensor.shares_tokens(model.config, world)
 
     def start() -> Tensor:
@@ -135,27 +136,27 @@ def run_parts(model: Model, w: Workload, world: World, ledger: FakeLedger) -> An
     def end(x_TD: Tensor) -> Tensor:
         return text_loss(model, model.finish(x_TD, batch), batch.labels, batch.weights, w.chunk)
 
-    first, x_TD = run_part(ledger, model, start)
-    middle, x_TD = run_part(ledger, model, layer, x_TD)
+    first, x_TD = run_part(meter, model, start)
+    middle, x_TD = run_part(meter, model, layer, x_TD)
     hidden = x_TD.numel() * x_TD.element_size()
-    last, _ = run_part(ledger, model, end, x_TD)
+    last, _ = run_part(meter, model, end, x_TD)
     del whole
     return Anatomy(fixed, first, middle, last, hidden)
 
 
-def run_part(ledger: FakeLedger, model: Model, part: Callable[..., Tensor], *given: Tensor) -> tuple[Part, Tensor]:
+def run_part(meter: FakeMeter, model: Model, part: Callable[..., Tensor], *given: Tensor) -> tuple[Part, Tensor]:
     """The part's account, and what the next part reads."""
     read = [x.detach().requires_grad_() for x in given]
-    ledger.take()
-    before = ledger.mark()
+    meter.take()
+    before = meter.mark()
     made = part(*read)
-    saved, forward_peak, forward = ledger.alive - before, ledger.peak - before, ledger.take()
+    saved, forward_peak, forward = meter.alive - before, meter.peak - before, meter.take()
     gradient = torch.empty_like(made)
-    ledger.take()
+    meter.take()
     handed = gradient.untyped_storage().nbytes()
-    ledger.mark()
+    meter.mark()
     made.backward(gradient)
-    backward_peak, backward = ledger.peak - before - handed, ledger.take()
+    backward_peak, backward = meter.peak - before - handed, meter.take()
     out = made.detach().clone()
     model.zero_grad(set_to_none=True)
     return Part(saved, forward_peak, backward_peak, tuple(forward), tuple(backward)), out

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from litchi.parallel.anatomy import Anatomy, Part, Workload, dissect
 from litchi.parallel.hardware import Group, Machine
-from litchi.parallel.ledger import Op
+from litchi.parallel.meter import Op
 from litchi.parallel.memory import BYTES, Stage, matrices, shards, stage_of, tree
 from litchi.parallel.mesh import AXES, SHARD, Axis, Layout, degrees
 from litchi.parallel.stages import Action, Moment, bubble, order, stages_per_rank, timeline
@@ -75,9 +75,6 @@ def forecast(w: Workload, layout: Layout, machine: Machine) -> Time:
     busy = workers(w, layout, machine)
     stages = [stage_of(w, layout, rank) for rank in range(layout.pipeline)]
     ways = {name: priced(getattr(anatomy, name), layout, machine, busy) for name in ("start", "layer", "end")}
-    if w.recompute:
-        forwards, backwards = ways["layer"]
-        ways["layer"] = forwards, forwards + backwards
     if layout.pipeline == 1:
         working, exchange, waiting, rows = alone(w, layout, machine, stages[0], ways, busy)
     else:

@@ -18,7 +18,7 @@ from torch.distributed import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from litchi.config import BadInput
-from litchi.parallel.ledger import Ledger
+from litchi.parallel.meter import Meter
 from litchi.parallel.mesh import AXES, Axis, Layout, World, degrees, resolve
 
 aten = torch.ops.aten
@@ -77,8 +77,8 @@ def fake_tensors() -> Iterator[None]:
         yield
 
 
-class FakeLedger(Ledger):
-    """A ledger of fake tensors, which answers what a program asks of values."""
+class FakeMeter(Meter):
+    """A meter of fake tensors, which answers what a program asks of values."""
 
     def __init__(self, *, listing: bool = False, share: float = 1.0) -> None:
         super().__init__(listing=listing)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from litchi.config import BadInput, from_json, to_json
-from litchi.parallel.ledger import Op
+from litchi.parallel.meter import Op
 
 Point = tuple[float, float]
 """A size and what it took in seconds, beyond what the smallest size took."""

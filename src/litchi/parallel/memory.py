@@ -128,9 +128,8 @@ def working(w: Workload, layout: Layout, a: Anatomy, stage: Stage, rank: int) ->
     divided = layout.zero > 0 and shard > 1
     own, shared = BYTES * (stage.layer.full - stage.layer.whole) * divided, BYTES * stage.root.full * divided
     before = kept_before(w, layout, stage) + stale(layout, stage)
-    kept = a.layer.saved if not w.recompute else a.hidden
+    kept = a.layer.saved
     n, flights, wires = stage.count, in_flight(w, layout, rank), wire(w, layout, a, rank)
-    again = a.layer.saved if w.recompute else 0
     first, last = stage.start.full > 0, stage.end.full > 0
     others = (flights - 1) * (n * kept + a.fixed) / max(1, len(stage.layers))
     held = n / max(1, len(stage.layers)) * kept + a.fixed + (a.start.saved if first else a.hidden) + others
@@ -140,10 +139,10 @@ def working(w: Workload, layout: Layout, a: Anatomy, stage: Stage, rank: int) ->
         yield "loss", before, held + max(a.end.forward_peak, a.end.backward_peak), gathered + wires
     made = BYTES * stage.end.full if last else 0
     unit = 2 * own if layout.zero == 3 else n * own
-    yield "backward", before + made, held + again + a.layer.backward_peak - kept + a.hidden, shared + unit + wires
+    yield "backward", before + made, held + a.layer.backward_peak - kept + a.hidden, shared + unit + wires
     if divided:
         copies = own * (shares_in_flight(layout) + (1 if layout.zero == 3 else n - 1))
-        yield "reduce a layer", before + made, held - kept + again + a.hidden, shared + copies + wires
+        yield "reduce a layer", before + made, held - kept + a.hidden, shared + copies + wires
     if first:
         yield "first gradient", before + made + reduced, a.start.backward_peak + a.hidden, shared + wires
 

@@ -44,7 +44,7 @@ class Op:
     """Of a collective: the ranks that take part."""
 
 
-class Ledger(TorchDispatchMode):
+class Meter(TorchDispatchMode):
     """While it is entered, notes operations, bytes alive, and their peak. `known` are tensors that are alive already."""
 
     def __init__(self, known: Iterable[Tensor] = (), *, listing: bool = False) -> None:
@@ -95,7 +95,7 @@ class Ledger(TorchDispatchMode):
         self.peak = max(self.peak, self.alive)
 
     @contextmanager
-    def lasting(self) -> Iterator[Ledger]:
+    def lasting(self) -> Iterator[Meter]:
         """As entering it, and FSDP2's storages, which are emptied and filled in place, are followed as well."""
         resize = torch.UntypedStorage.resize_
 
