@@ -138,7 +138,8 @@ def working(w: Workload, layout: Layout, a: Anatomy, stage: Stage, rank: int) ->
     if last:
         yield "loss", before, held + max(a.end.forward_peak, a.end.backward_peak), gathered + wires
     made = BYTES * stage.end.full if last else 0
-    unit = 2 * own if layout.zero == 3 else n * own
+    gathers = 1 if layout.pipeline > 1 else 2
+    unit = gathers * own if layout.zero == 3 else n * own
     yield "backward", before + made, held + a.layer.backward_peak - kept + a.hidden, shared + unit + wires
     if divided:
         copies = own * (shares_in_flight(layout) + (1 if layout.zero == 3 else n - 1))
@@ -179,8 +180,8 @@ def kept_before(w: Workload, layout: Layout, stage: Stage) -> float:
     """Gradients that earlier microbatches have left while the last one is worked on."""
     rounds = w.microbatches // layout.data
     local, full = BYTES * stage.total("local"), BYTES * stage.total("full")
-    if layout.pipeline > 1:
-        return local if layout.zero > 1 else full
+    if layout.pipeline > 1:  # torch's stages reduce after the last microbatch
+        return full
     if layout.exact:
         return local * max((i.bit_count() for i in range(rounds)), default=0)
     return 0 if rounds == 1 else full if layout.zero == 1 else local
