@@ -7,21 +7,20 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from litchi.config import BadInput, from_json, override, to_json
-from litchi.layouts import certify
+from litchi.layouts import add_bench_arguments, add_plan_arguments, bench, certify, plan_layouts
 from litchi.schema.request import Request
 from litchi.schema.sample import Image, Part, Role, Text
 
@@ -225,24 +224,11 @@ def convert(args: argparse.Namespace) -> int:
 
 
 def plan(args: argparse.Namespace) -> int:
-    """Say how many parameters a well-known model has and what of it each rank would hold."""
-    from litchi.model.families import parameters
-    from litchi.model.layout import pieces
-    from litchi.model.presets import preset
+    """Foretell memory, time and cost of every layout of a model on a cluster, and say which is best."""
+    from litchi.model.presets import PRESETS
 
-    config = preset(args.preset)
-    found = list(pieces(config, tensor=args.tensor, pipeline=args.pipeline))
-    if args.json:
-        print(json.dumps([asdict(piece) for piece in found]))
-        return 0
-    total = sum(shape.numel() for shape in parameters(config).values())
-    print(f"{args.preset}: {total:,} parameters, {total * 2 / 1e9:.2f} GB in bfloat16")
-    for stage in range(args.pipeline):
-        for rank in range(args.tensor):
-            held = [piece for piece in found if (piece.stage, piece.rank) == (stage, rank)]
-            size = sum(piece.size for piece in held)
-            print(f"stage {stage} rank {rank}: {len(held)} tensors, {size:,} parameters, {size * 2 / 1e9:.3f} GB")
-    return 0
+    named = not args.cluster or args.preset in PRESETS
+    return plan_layouts(args, None if named else load_run(args.preset, args.settings))
 
 
 def act(args: argparse.Namespace) -> int:
@@ -563,11 +549,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("case", nargs="?", default="", help="only layouts with this in their name, such as pipeline")
     sub.add_argument("--json", action="store_true")
     sub.add_argument("--markdown", action="store_true", help="one row a layout, as in docs/layouts.md")
-    sub = verb("plan", plan, settings=False)
-    sub.add_argument("preset", help="a well-known model, such as yi-34b")
-    sub.add_argument("--tensor", type=int, default=1, help="ranks that divide each matrix")
-    sub.add_argument("--pipeline", type=int, default=1, help="stages that divide the layers")
-    sub.add_argument("--json", action="store_true", help="print every piece")
+    add_plan_arguments(verb("plan", plan))
+    add_bench_arguments(verb("bench", bench, settings=False))
     return top
 
 

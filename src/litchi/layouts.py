@@ -1,4 +1,4 @@
-"""Verbs about layouts and steps: what `litchi certify` and `litchi train --replay` do and print."""
+"""Verbs about layouts and steps: what `litchi certify`, `plan`, `bench` and `train --replay` do and print."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from litchi.config import BadInput
 from litchi.record import Progress, table
 
 if TYPE_CHECKING:
+    from litchi.parallel.anatomy import Workload
+    from litchi.run import Run
     from litchi.train.certify import Finding
     from litchi.train.replay import Replay
 
@@ -65,3 +68,78 @@ def show_replay(found: Replay) -> int:
     print(f"it read {len(sources)} documents: {counts}")
     print("the same to the last digit" if found.same else "not the same")
     return 0 if found.same else 1
+
+
+# ---- plans --------------------------------------------------------------------------------------------------------
+
+
+def plan_layouts(args: argparse.Namespace, run: Run | None) -> int:
+    """Plan a model by name, or the training of a Run; without a cluster, say what tensor and pipeline ranks hold."""
+    from litchi.parallel.mesh import Layout
+    from litchi.parallel.report import show_pieces, show_plan
+
+    if not args.cluster:
+        return show_pieces(args)
+    return show_plan(args, None, Layout()) if run is None else show_plan(args, workload_of(run), run.train.layout)
+
+
+def workload_of(run: Run) -> Workload:
+    """What a Run trains. A vocabulary that is still to be learned is taken to be as large as it may become."""
+    from dataclasses import replace
+
+    from litchi.parallel.anatomy import Workload
+
+    c, train = run.model, run.train
+    model = replace(c, vocab_size=c.vocab_size or run.fit.vocab_size + run.fit.phrases)
+    return Workload(
+        model,
+        train.batches.rows,
+        train.batches.row,
+        train.num_accumulate,
+        dtype=train.dtype,
+        muon=train.optimizer.matrix_lr > 0,
+        chunk=train.chunk,
+        recompute=train.recompute,
+    )
+
+
+def bench(args: argparse.Namespace) -> int:
+    """Measure this machine for `litchi plan`: products, passes over memory, and what its ranks exchange."""
+    from litchi.parallel.crew import Crew
+    from litchi.parallel.gauge import gauge, show
+    from litchi.parallel.hardware import save
+    from litchi.train.run import tame_memory
+
+    with Crew(max(args.ranks)) as crew:
+        crew.run(tame_memory)
+        machine = gauge(crew, sorted(args.ranks))
+    save(machine, args.out)
+    show(machine)
+    print(f"{args.out}: read by `litchi plan --cluster cpu:1x{machine.ranks}`, or anywhere with --machine")
+    return 0
+
+
+def add_plan_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("preset", help="a well-known model, such as yi-34b, or a recipe")
+    sub.add_argument("--cluster", default="", help="machine:NODESxRANKS, such as h200:8x8 or cpu:1x4")
+    sub.add_argument("--machine", type=Path, metavar="FILE", help="what `litchi bench hardware` wrote there")
+    sub.add_argument("--price", type=float, help="dollars of a rank for an hour (default 2.5, of a CPU 0)")
+    sub.add_argument("--rows", type=int, default=0, help="rows of a microbatch (a model by name: 1)")
+    sub.add_argument("--row", type=int, default=0, help="tokens of a row (a model by name: what it reads, up to 8192)")
+    sub.add_argument("--microbatches", type=int, default=0, help="of a step, over all ranks (default about 4 M tokens)")
+    sub.add_argument("--recompute", choices=("none", "selective", "full"), help="what layers compute again")
+    sub.add_argument("--chunk", type=int, help="tokens whose scores of the vocabulary exist at once")
+    sub.add_argument("--layout", default="", metavar="JSON", help='this one only, such as {"tensor": 8, "pipeline": 4}')
+    sub.add_argument("--top", type=int, default=12, help="rows of the table (default 12)")
+    sub.add_argument("--picture", type=Path, metavar="FILE", help="draw memory and time, as PNG or SVG")
+    sub.add_argument("--dry-run", action="store_true", help="build the best layout on fake ranks and step through it")
+    sub.add_argument("--scale", action="store_true", help="simulate clusters of up to 10,000 ranks")
+    sub.add_argument("--json", action="store_true", help="print everything as JSON; without --cluster every piece")
+    sub.add_argument("--tensor", type=int, default=1, help="without --cluster: ranks that divide each matrix")
+    sub.add_argument("--pipeline", type=int, default=1, help="without --cluster: stages that divide the layers")
+
+
+def add_bench_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("what", choices=("hardware",), help="what to measure")
+    sub.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="numbers of ranks (default 1 2 4)")
+    sub.add_argument("--out", type=Path, default=Path("runs/hardware.json"), help="the file to write")

@@ -23,8 +23,8 @@ from litchi.model.objective import text_loss
 from litchi.parallel import context, recompute, tensor
 from litchi.parallel.collectives import take_rows
 from litchi.parallel.fake import FakeMeter, fake_tensors, fake_world
-from litchi.parallel.meter import Op
 from litchi.parallel.mesh import Layout, World
+from litchi.parallel.meter import Op
 from litchi.parallel.recompute import Recompute
 from litchi.schema.sequence import Batch
 

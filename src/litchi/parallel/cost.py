@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 from litchi.parallel.anatomy import Anatomy, Part, Workload, dissect
 from litchi.parallel.hardware import Group, Machine
-from litchi.parallel.meter import Op
 from litchi.parallel.memory import BYTES, Stage, matrices, shards, stage_of, tree
 from litchi.parallel.mesh import AXES, SHARD, Axis, Layout, degrees
+from litchi.parallel.meter import Op
 from litchi.parallel.stages import Action, Moment, bubble, order, stages_per_rank, timeline
 
 NAMES = {
@@ -180,9 +180,7 @@ def stride_of(group: tuple[int, ...]) -> int:
 # ---- what ZeRO exchanges ------------------------------------------------------------------------------------------
 
 
-def divided(
-    layout: Layout, machine: Machine, stage: Stage, layer: Sequence[float], busy: float
-) -> tuple[float, float]:
+def divided(layout: Layout, machine: Machine, stage: Stage, layer: Sequence[float], busy: float) -> tuple[float, float]:
     """Seconds that FSDP2 adds and cannot hide: of each microbatch, and once a step."""
     if layout.zero == 0 or shards(layout) == 1:
         return 0.0, 0.0
@@ -242,7 +240,9 @@ def reducing(w: Workload, layout: Layout, machine: Machine, stage: Stage, busy: 
     num_bytes = BYTES * stage.total("full")
     if degrees(layout)["replicate"] * shards(layout) == 1:
         return 0.0
-    return rounds * (summing(layout, machine, num_bytes, busy, "replicate", *SHARD) + passes(machine, num_bytes, 2, busy))
+    return rounds * (
+        summing(layout, machine, num_bytes, busy, "replicate", *SHARD) + passes(machine, num_bytes, 2, busy)
+    )
 
 
 def counting(w: Workload, layout: Layout, machine: Machine, stage: Stage, busy: float) -> float:

@@ -1,7 +1,7 @@
 """A layout is built and stepped through on fake ranks: what would fail on a cluster fails here, for nothing.
 
-The network is placed by `plan.apply` as in training, and one rank of the world runs its forward and backward passes, all
-hooks and collectives included, on tensors that have shapes and no memory.
+The network is placed by `plan.apply` as in training, and one rank of the world runs its forward and backward passes,
+all hooks and collectives included, on tensors that have shapes and no memory.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ class DryRun:
 
 
 def rehearse(w: Workload, layout: Layout, *, rank: int = 0, least: bool = True) -> DryRun:
-    """`layout` is resolved. With `least` only as many microbatches as the layout needs. Raises BadInput as `apply` does."""
+    """`layout` is resolved. With `least` a rank reads only as many microbatches as the layout needs.
+
+    Raises BadInput as `plan.apply` does.
+    """
     began = time.perf_counter()
     size = layout.data * layout.context * layout.tensor * layout.pipeline
     with fake_world(layout, size, rank) as world:
@@ -102,5 +105,3 @@ def first_rank_of(layout: Layout, stage: int) -> int:
     for axis in AXES[1:]:
         rest *= sizes[axis]
     return stage * rest
-
-

@@ -6,6 +6,7 @@ number is 1, and of a yes-or-no a given share is yes.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,8 +19,8 @@ from torch.distributed import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from litchi.config import BadInput
-from litchi.parallel.meter import Meter
 from litchi.parallel.mesh import AXES, Axis, Layout, World, degrees, resolve
+from litchi.parallel.meter import Meter
 
 aten = torch.ops.aten
 
@@ -57,6 +58,12 @@ def fake_world(layout: Layout, size: int, rank: int = 0) -> Iterator[World]:
     if size == 1:
         yield World(layout)
         return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning)
+        yield from among_fakes(layout, size, rank)
+
+
+def among_fakes(layout: Layout, size: int, rank: int) -> Iterator[World]:
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     MESHES.clear()
     try:

@@ -26,6 +26,7 @@ from litchi.parallel.gradient import backward
 from litchi.parallel.hardware import Link, Machine, Point, Product, Rates
 from litchi.parallel.mesh import Layout, join
 from litchi.parallel.plan import Placed, build, initialise
+from litchi.record import table
 
 TRY_SECONDS = 0.01
 TRIES = 3
@@ -64,6 +65,20 @@ def tiny_ops() -> float:
 
 def tiny_workload() -> Workload:
     return Workload(TINY, 1, 16, 1, dtype="bfloat16")
+
+
+def show(machine: Machine) -> None:
+    """Print the gist of a measured machine."""
+    rows = []
+    for r in machine.rates:
+        best = {d: max(p.rate for p in r.products if p.dtype == d) / 1e9 for d in ("float32", "bfloat16")}
+        size, seconds = r.plain[-1]
+        speed = f"{size / seconds / 1e9:.1f}"
+        rows.append((r.busy, f"{best['float32']:.0f}", f"{best['bfloat16']:.0f}", speed, f"{r.overhead * 1e6:.1f}"))
+    columns = ("ranks at work", "fp32 Gflop/s", "bf16 Gflop/s", "memory GB/s", "us an operation")
+    table(f"{machine.source}; each rank", columns, rows)
+    links = [(x.name, x.ranks, x.busy, f"{x.alpha * 1e6:.0f}", f"{x.beta / 1e9:.2f}") for x in machine.links]
+    table("collectives", ("", "ranks", "at work", "alpha us", "beta GB/s"), links)
 
 
 # ---- work ---------------------------------------------------------------------------------------------------------
@@ -176,10 +191,14 @@ def mean(found: Sequence[Rates]) -> Rates:
         return sum(getattr(r, name) for r in found) / len(found)
 
     def points(name: str) -> tuple[Point, ...]:
-        return tuple((p[0], sum(getattr(r, name)[i][1] for r in found) / len(found)) for i, p in enumerate(getattr(first, name)))
+        return tuple(
+            (p[0], sum(getattr(r, name)[i][1] for r in found) / len(found)) for i, p in enumerate(getattr(first, name))
+        )
 
     numbers = {name: over(name) for name in ("overhead", "unit", "adamw", "norm", "average")}
-    rates = tuple(replace(p, rate=sum(r.products[i].rate for r in found) / len(found)) for i, p in enumerate(first.products))
+    rates = tuple(
+        replace(p, rate=sum(r.products[i].rate for r in found) / len(found)) for i, p in enumerate(first.products)
+    )
     row = first.attention[0][0]
     attention = (row, *(sum(r.attention[0][way] for r in found) / len(found) for way in (1, 2)))
     return replace(
@@ -244,5 +263,7 @@ def settled(act: Callable, x: Tensor, group: dist.ProcessGroup) -> float:
 def fit(times: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """Alpha and beta whose relative errors are least in squares."""
     rows = torch.tensor([[1 / t, n / t] for n, t in times], dtype=torch.float64)
-    alpha, per_byte = torch.linalg.lstsq(rows, torch.ones(len(times), 1, dtype=torch.float64)).solution.flatten().tolist()
+    alpha, per_byte = (
+        torch.linalg.lstsq(rows, torch.ones(len(times), 1, dtype=torch.float64)).solution.flatten().tolist()
+    )
     return max(alpha, 1e-7), 1 / max(per_byte, 1e-13)

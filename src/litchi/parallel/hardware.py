@@ -1,7 +1,7 @@
 """What a machine can do: seconds of products, of passes over memory and of collectives, measured or published.
 
-A machine that was measured is a JSON file that `litchi bench hardware` writes. Published figures are sales figures: they
-are lowered by shares that are stated here, and a plan made of them says so.
+A machine that was measured is a JSON file that `litchi bench hardware` writes. Published figures are sales figures:
+they are lowered by shares that are stated here, and a plan made of them says so.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class Machine:
         return between([(x.busy, x.alpha + num_bytes / x.beta) for x in near], busy)
 
     def foretell(self, name: str, num_bytes: float, group: Group) -> float:
-        """From bandwidths: inside a node by NVLink, between nodes by as many network cards as the group has GPUs there."""
+        """From bandwidths: NVLink inside a node, and between nodes as many cards as the group has GPUs in one."""
         n, inside = group.ranks, min(group.ranks, group.inside)
         nodes = n / inside
         times = 2 if name == "all_reduce" else 1
@@ -227,7 +227,9 @@ def published(name: str, ranks: int = 8, price: float = PRICE) -> Machine:
     )
     steps = tuple((size, size / pass_) for size in (1e3, 1e9))
     flash = 0.55 * bf16
-    rates = Rates(1, products, steps, steps, ((1024, flash, 0.75 * flash),), 2e-6, 0.0, 28 / pass_, 4 / pass_, 12 / pass_)
+    rates = Rates(
+        1, products, steps, steps, ((1024, flash, 0.75 * flash),), 2e-6, 0.0, 28 / pass_, 4 / pass_, 12 / pass_
+    )
     shares = SHARES | {"attention": 0.55, "launch": 2e-6}
     link = SHARES["links"]
     return Machine(

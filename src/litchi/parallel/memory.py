@@ -1,7 +1,7 @@
 """How many bytes of tensors a rank has at most in a step, and what they are; nothing is run.
 
-Weights are fp32. What autograd keeps is that of `anatomy`; copies that FSDP2, exact sums and optimizers make are counted
-as their code makes them: see `shard`, `collectives`, and Muon.
+Weights are fp32. What autograd keeps is that of `anatomy`; copies that FSDP2, exact sums and optimizers make are
+counted as their code makes them: see `shard`, `collectives`, and Muon.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class Op:
 
 
 class Meter(TorchDispatchMode):
-    """While it is entered, notes operations, bytes alive, and their peak. `known` are tensors that are alive already."""
+    """While it is entered, notes operations, bytes alive, and their peak. `known` are alive already."""
 
     def __init__(self, known: Iterable[Tensor] = (), *, listing: bool = False) -> None:
         super().__init__()
