@@ -202,8 +202,9 @@ def norm(placed: Placed) -> float:
 
 def row_squares(gradient: Tensor) -> Tensor:
     """The sum of squares of each row, in 64 bits; of a vector, each square."""
-    squares = gradient.double().square()
-    return squares if squares.dim() < 2 else squares.flatten(1).sum(1)
+    if gradient.dim() < 2:
+        return gradient.double().square()
+    return torch.linalg.vector_norm(gradient.flatten(1), dim=1, dtype=torch.float64).square()
 
 
 @torch.no_grad()
