@@ -34,7 +34,7 @@ from litchi.schema.sequence import Batch
 from litchi.train.optimizer import OptimizerConfig, build_optimizers
 from litchi.train.run import average, tame_memory
 from litchi.train.state import State
-from litchi.train.step import train_step
+from litchi.train.step import find_gradient, step_optimizers
 
 SMALL = ModelConfig(1024, width=256, num_layers=4, num_heads=4, num_kv_heads=4, head_width=64, mlp_width=768)
 DEEP = replace(SMALL, num_layers=8, width=192, num_heads=6, num_kv_heads=2, head_width=32, mlp_width=512)
@@ -167,8 +167,8 @@ def measure(w: Workload, layout: Layout, steps: int) -> Measured:
 
     def step() -> None:
         dtype = getattr(torch, w.dtype)
-        find = {"scale": {}, "clip_at": 1.0, "dtype": dtype, "draw": (0, state.step), "chunk": w.chunk}
-        train_step(placed, optimizers, batches, **find)
+        found = find_gradient(placed, batches, scale={}, dtype=dtype, draw=(0, state.step), chunk=w.chunk)
+        step_optimizers(placed, optimizers, found, clip_at=1.0)
         if w.average:
             average(state, 0.998)
         state.step += 1
@@ -222,7 +222,7 @@ def write(page: Path, found: Sequence[Row], memory: float, seconds: float) -> No
     text = page.read_text(encoding="utf-8")
     chinese = "zh" in page.parts
     head = (
-        "| 模型 | 布局 | 进程 | 预测 MB | 实测 MB | 误差 | RSS 增长 MB | 预测 秒 | 实测 秒 | 误差 |"
+        "| 模型 | 布局 | 进程 | 预测 MB | 实测 | 误差 | RSS 增长 | 预测秒 | 实测 | 误差 |"
         if chinese
         else "| model | layout | ranks | predicted MB | measured MB | error | growth of RSS, MB | predicted s | measured s "
         "| error |"

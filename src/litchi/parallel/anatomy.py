@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from litchi.config import to_json
-from litchi.model.attention import Attend
+from litchi.model.attention import BLOCK, Attend, Piece, attend_documents
 from litchi.model.moe import SparseMLP
 from litchi.model.network import Model, ModelConfig
 from litchi.model.objective import text_loss
@@ -27,6 +27,9 @@ from litchi.parallel.mesh import Layout, World
 from litchi.parallel.meter import Op
 from litchi.parallel.recompute import Recompute
 from litchi.schema.sequence import Batch
+
+
+Attention = Callable[[Batch, None], Attend]
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +203,8 @@ def prepare(model: Model, w: Workload, world: World) -> None:
             module.work = partial(read_evenly, group=world.group("expert"))
     if w.device == "cuda":
         model.attention = partial(flash_among, row=w.row, world=world)
+    else:
+        model.attention = partial(documents_among, w=w, world=world, other=model.attention)
 
 
 def evenly(batch: Batch) -> list[Tensor]:
@@ -217,6 +222,30 @@ def read_evenly(x_ND: Tensor, counts_E: Tensor, experts: Any, *, group: Any) -> 
     held = list(experts)
     y_ND = torch.cat([expert(x) for x, expert in zip(x_ND.tensor_split(len(held)), held, strict=True)])
     return y_ND if group is None else travel(y_ND, even, even, group)
+
+
+def documents_among(batch: Batch, cache: None, *, w: Workload, world: World, other: Attention) -> Attend:
+    """As a CPU attends; which documents there are is known, and not asked of values."""
+    group = world.group("context")
+    alone = group is None or context.whole_rows(batch, 1 if world.layout.attention == "ulysses" else 2)
+    if not alone and world.layout.attention == "gather":
+        return other(batch, cache)
+    count = len(batch) // w.row if alone else w.rows
+    attend = partial(attend_documents, pieces=documents(count, w.row))
+    return attend if group is None or alone else partial(context.attend_by_heads, attend=attend, group=group)
+
+
+def documents(count: int, row: int) -> list[Piece]:
+    """What `attention.pieces_of` makes of so many documents of causal text."""
+    each = max(1, BLOCK // row)
+    lengths = [each * row] * (count // each) + ([count % each * row] if count % each else [])
+    return [Piece(length, [torch.zeros(*block) for block in blocks(length)]) for length in lengths]
+
+
+def blocks(length: int) -> list[tuple[int, int]]:
+    """Queries that look together, and the keys that they see."""
+    starts = range(0, length, BLOCK)
+    return [(min(BLOCK, length - start), min(start + BLOCK, length)) for start in starts]
 
 
 def flash_among(batch: Batch, cache: None, *, row: int, world: World) -> Attend:

@@ -10,7 +10,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import product
+from itertools import cycle, product
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,8 @@ MOST = 1 << 30
 """Multiplications of the largest product that is tried."""
 PASSES = (3e4, 3e5, 3e6, 3e7, 1.2e8)
 """Bytes that are read and written."""
+COLD = 4e7
+"""Bytes of all that is read in turn: more than caches hold."""
 MESSAGES = (1 << 12, 1 << 18, 1 << 21, 1 << 24)
 TINY = ModelConfig(vocab_size=64, width=16, num_layers=4, num_heads=2, num_kv_heads=2, head_width=8, mlp_width=32)
 """A network so small that what it takes is what operations take that do nothing."""
@@ -95,8 +97,8 @@ def rank_rates(ops: float) -> Rates:
     return Rates(
         busy=world.size,
         products=tuple(products()),
-        plain=passes(lambda x, out: torch.add(x, x, out=out), 3),
-        smooth=passes(lambda x, out: F.silu(x), 2),
+        plain=passes(lambda x, y: x * y, 3),
+        smooth=passes(lambda x, _: F.silu(x), 2),
         attention=(attend(4, 128),),
         overhead=overhead,
         unit=unit,
@@ -122,24 +124,29 @@ def products() -> list[Product]:
     for dtype, rows, columns, depth in product((torch.float32, torch.bfloat16), SIDES, SIDES, SIDES):
         if rows * columns * depth > MOST:
             continue
-        x, w = torch.randn(rows, depth).to(dtype), torch.randn(columns, depth).to(dtype)
-        dy, weight = torch.randn(depth, rows).to(dtype), torch.randn(depth, columns).to(dtype)
-        turned = torch.randn(depth, columns).to(dtype)
-        ways = (lambda x=x, w=w: x @ w.T, lambda x=x, w=turned: x @ w, lambda a=dy, b=weight: a.T @ b)
-        seconds = sum(map(least, ways)) / 3
+        count = max(1, int(COLD / 8 / (rows * depth + columns * depth)))
+        a, b = (torch.randn(count, side, depth).to(dtype) for side in (rows, columns))
+        pairs = cycle(list(zip(a, b, strict=True)))
+        turned = cycle([(x.view(depth, rows), y.view(depth, columns)) for x, y in zip(a, b, strict=True)])
+        seconds = (
+            least(lambda pairs=pairs: next(pairs)[0] @ next(pairs)[1].T)
+            + least(lambda pairs=pairs, turned=turned: next(pairs)[0] @ next(turned)[1])
+            + least(lambda turned=turned: next(turned)[0].T @ next(turned)[1])
+        ) / 3
         name = str(dtype).removeprefix("torch.")
         found.append(Product(name, rows, columns, depth, 2.0 * rows * columns * depth / seconds))
     return found
 
 
 def passes(act: Callable[[Tensor, Tensor], object], touched: int) -> tuple[Point, ...]:
-    """Seconds by bytes, beyond those of an operation on one value."""
-    nothing = least(lambda: act(torch.ones(1), torch.ones(1)))
+    """Seconds by bytes, beyond those of an operation on one value; what is read was last touched long ago."""
+    one = torch.ones(1)
+    nothing = least(lambda: act(one, one))
     points = []
     for size in PASSES:
-        x = torch.rand(int(size / touched / 4))
-        out = torch.empty_like(x)
-        points.append((size, max(1e-9, least(lambda x=x, out=out: act(x, out)) - nothing)))
+        many = torch.rand(max(2, int(COLD / size * touched)), int(size / touched / 4))
+        pairs = cycle(list(zip(many, many.roll(1, 0), strict=True)))
+        points.append((size, max(1e-9, least(lambda pairs=pairs: act(*next(pairs))) - nothing)))
     return tuple(points)
 
 

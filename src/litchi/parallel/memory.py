@@ -135,8 +135,10 @@ def working(w: Workload, layout: Layout, a: Anatomy, stage: Stage, rank: int) ->
     held = n / max(1, len(stage.layers)) * kept + a.fixed + (a.start.saved if first else a.hidden) + others
     gathered = shared + (0 if layout.zero == 3 else n * own)
     reduced = BYTES * n * stage.layer.local if layout.zero > 1 or (divided and layout.exact) else 0
+    casts = w.recompute != "none" and w.dtype != "float32"  # autocast keeps them until the loss is there
+    cast = (n * stage.layer.full + stage.root.full) * BYTES // 2 if casts else 0
     if last:
-        yield "loss", before, held + max(a.end.forward_peak, a.end.backward_peak), gathered + wires
+        yield "loss", before, held + cast + max(a.end.forward_peak, a.end.backward_peak), gathered + wires
     made = BYTES * stage.end.full if last else 0
     gathers = 1 if layout.pipeline > 1 else 2
     unit = gathers * own if layout.zero == 3 else n * own
