@@ -95,7 +95,7 @@ KNOWN: dict[str, Anatomy] = {}
 def dissect(w: Workload, layout: Layout) -> Anatomy:
     """`layout` counts only by its ranks of tensor and context parallelism. Raises BadInput if sizes do not divide."""
     alone = replace(layout, data=1, replicate=1, expert=1, pipeline=1, schedule="1f1b", zero=0)
-    key = to_json(w) + to_json(alone)
+    key = to_json(replace(w, microbatches=1)) + to_json(alone)
     if key not in KNOWN:
         KNOWN[key] = take_apart(w, alone, layout.tensor * layout.context)
     return KNOWN[key]

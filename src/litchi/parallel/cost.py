@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 
 from litchi.parallel.anatomy import Anatomy, Part, Workload, dissect
 from litchi.parallel.hardware import Group, Machine
-from litchi.parallel.memory import BYTES, Stage, matrices, shards, stage_of, tree
+from litchi.parallel.memory import BYTES, Stage, matrices, shards, short, stage_of, tree
 from litchi.parallel.mesh import AXES, SHARD, Axis, Layout, degrees
 from litchi.parallel.meter import Op
-from litchi.parallel.stages import Action, Moment, bubble, order, stages_per_rank, timeline
+from litchi.parallel.stages import Action, Moment, bubble, order, rank_of, stages_per_rank, timeline
 
 NAMES = {
     "_allgather_base_": "all_gather",
@@ -140,8 +140,12 @@ def piped(
         forwards, backwards = taken[action.stage, 0].seconds, taken[action.stage, 1].seconds
         return {"forward": forwards, "backward": backwards}.get(action.work, backwards / 2)
 
-    rows = timeline(order(layout.schedule, layout.pipeline, rounds), seconds)
+    laid = short(rounds, layout)
+    rows = timeline(order(layout.schedule, layout.pipeline, laid), seconds)
     whole = max(row[-1].stop for row in rows)
+    if laid < rounds:
+        before = timeline(order(layout.schedule, layout.pipeline, laid - layout.pipeline), seconds)
+        whole += (rounds - laid) * (whole - max(row[-1].stop for row in before)) / layout.pipeline
     sums = [(sum(taken[s, way].work for s, way in taken if holder(s, layout) == rank)) for rank in range(len(rows))]
     sent = [(sum(taken[s, way].exchange for s, way in taken if holder(s, layout) == rank)) for rank in range(len(rows))]
     longest = max(range(len(rows)), key=lambda rank: sums[rank] + sent[rank])
@@ -150,8 +154,6 @@ def piped(
 
 
 def holder(stage: int, layout: Layout) -> int:
-    from litchi.parallel.stages import rank_of
-
     return rank_of(stage, layout.schedule, layout.pipeline)
 
 

@@ -220,10 +220,19 @@ def in_flight(w: Workload, layout: Layout, rank: int) -> int:
     if layout.pipeline == 1:
         return 1
     now = most = 0
-    for action in order(layout.schedule, layout.pipeline, w.microbatches // layout.data)[rank]:
+    count = w.microbatches // layout.data
+    for action in order(
+        layout.schedule, layout.pipeline, count if layout.schedule == "gpipe" else short(count, layout)
+    )[rank]:
         now += change(action)
         most = max(most, now)
     return most
+
+
+def short(count: int, layout: Layout) -> int:
+    """Microbatches after which a schedule only repeats itself: no more of them need be laid out."""
+    most = 4 * layout.pipeline
+    return count if count <= most else most + count % layout.pipeline
 
 
 def change(action: Action) -> int:
@@ -249,7 +258,7 @@ def stage_of(w: Workload, layout: Layout, rank: int) -> Stage:
     """What a rank of a pipeline holds."""
     layer, start, end = parts(w, layout)
     chunks = stages_per_rank(layout.schedule) if layout.pipeline > 1 else 1
-    dealt = deal(w.model, layout.pipeline * chunks)
+    dealt = dealt_layers(whole_name(w.model), layout.pipeline * chunks)
     if layout.pipeline == 1:
         return Stage((w.model.num_layers,), layer, start, end)
     mine = [s for s in range(len(dealt)) if rank_of(s, layout.schedule, layout.pipeline) == rank]
@@ -264,7 +273,7 @@ def stage_of(w: Workload, layout: Layout, rank: int) -> Stage:
 def parts(w: Workload, layout: Layout) -> tuple[Held, Held, Held]:
     """A layer, what stands before the layers, and what stands behind them."""
     layer = start = end = Held()
-    for name, shape in shapes(to_json(replace(w.model, num_layers=1))):
+    for name, shape in shapes(name_of(w.model)):
         held = holding(name, shape, layout)
         if name.startswith("layers."):
             layer = layer + held
@@ -298,6 +307,27 @@ def holding(name: str, shape: tuple[int, ...], layout: Layout) -> Held:
     return Held(*sizes, local, table)
 
 
+NAMES: dict[int, tuple[ModelConfig, str, str]] = {}
+"""Networks of one layer and whole ones as JSON, by identity: to write them again for each layout would take longest."""
+
+
+def name_of(c: ModelConfig) -> str:
+    """The network with one layer, as JSON."""
+    if id(c) not in NAMES:
+        NAMES[id(c)] = c, to_json(replace(c, num_layers=1)), to_json(c)
+    return NAMES[id(c)][1]
+
+
+def whole_name(c: ModelConfig) -> str:
+    name_of(c)
+    return NAMES[id(c)][2]
+
+
+@lru_cache(maxsize=256)
+def dealt_layers(model: str, stages: int) -> list[range]:
+    return deal(from_json(ModelConfig, model), stages)
+
+
 @lru_cache(maxsize=64)
 def shapes(model: str) -> list[tuple[str, tuple[int, ...]]]:
     """Names and shapes of a network that is given as JSON."""
@@ -307,7 +337,7 @@ def shapes(model: str) -> list[tuple[str, tuple[int, ...]]]:
 def matrices(c: ModelConfig) -> list[tuple[int, int, int]]:
     """Rows, columns, and how many of a layer are alike, for each shape of matrices that Muon steps."""
     counts: dict[tuple[int, ...], int] = {}
-    for name, shape in shapes(to_json(replace(c, num_layers=1))):
+    for name, shape in shapes(name_of(c)):
         if name.startswith("layers.") and len(shape) == 2:
             counts[shape] = counts.get(shape, 0) + 1
     return [(*shape, count) for shape, count in counts.items()]

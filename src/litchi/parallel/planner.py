@@ -17,7 +17,7 @@ from litchi.parallel.cost import Time
 from litchi.parallel.hardware import Machine
 from litchi.parallel.memory import Memory
 from litchi.parallel.mesh import Layout, resolve
-from litchi.parallel.stages import check_microbatches, deal, stages_per_rank
+from litchi.parallel.stages import check_microbatches, stages_per_rank
 
 ROOM = 0.92
 """Of a GPU's memory, what tensors may fill: the rest is the driver's, the libraries', and holes."""
@@ -110,7 +110,7 @@ def refuse(w: Workload, layout: Layout) -> None:
     if layout.pipeline > 1:
         rounds = w.microbatches // layout.data
         check_microbatches(layout.schedule, layout.pipeline, rounds, layout.data)
-        deal(c, layout.pipeline * stages_per_rank(layout.schedule))
+        memory.dealt_layers(memory.whole_name(c), layout.pipeline * stages_per_rank(layout.schedule))
 
 
 def candidates(w: Workload, machine: Machine, ranks: int, like: Layout) -> Iterator[Layout]:
@@ -179,12 +179,9 @@ def kind_of(w: Workload) -> str:
 def flops(w: Workload) -> float:
     """Of a step: six a weight and token, and attention's; nothing that is computed again (PaLM, appendix B)."""
     c = w.model
-    values = sum(prod(shape) for name, shape in memory.shapes(memory.to_json(replace(c, num_layers=1))))
-    layer = sum(
-        prod(shape)
-        for name, shape in memory.shapes(memory.to_json(replace(c, num_layers=1)))
-        if name.startswith("layers.")
-    )
+    found = memory.shapes(memory.name_of(c))
+    values = sum(prod(shape) for _, shape in found)
+    layer = sum(prod(shape) for name, shape in found if name.startswith("layers."))
     if c.mixture is not None:
         layer = layer * c.mixture.num_chosen / c.mixture.num_experts
     table = 0 if c.tied else c.vocab_size * c.width

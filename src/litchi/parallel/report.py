@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from litchi.config import BadInput
+from litchi.config import BadInput, from_json
 from litchi.model.families import parameters
 from litchi.model.layout import pieces
 from litchi.model.network import ModelConfig
@@ -56,8 +56,7 @@ def show_plan(args: argparse.Namespace, given: Workload | None, like: Layout) ->
     machine, nodes = cluster(args.cluster, args.machine, PRICE if args.price is None else args.price)
     ranks = nodes * machine.ranks
     w = workload(args, given, machine, ranks)
-    found = only(w, machine, ranks, replace(like, **json.loads(args.layout))) if args.layout else None
-    found = found or plan(w, machine, ranks, like)
+    found = only(w, machine, ranks, from_json(Layout, args.layout)) if args.layout else plan(w, machine, ranks, like)
     ladder = climb(w, machine, LADDER, max(1, w.microbatches // ranks)) if args.scale else []
     ran = dry_run(found) if args.dry_run else None
     if args.json:
