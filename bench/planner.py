@@ -43,6 +43,10 @@ WIDE = ModelConfig(
 )
 STEPS = 5
 PAGES = (Path("docs/planner.md"), Path("docs/zh/planner.md"))
+HEADS = {
+    "en": "| model | layout | ranks | predicted MB | measured | error | growth of RSS | predicted s | measured | error |",
+    "zh": "| 模型 | 布局 | 进程 | 预测 MB | 实测 | 误差 | 实测 RSS | 预测 s | 实测 | 误差 |",
+}
 TABLE = re.compile(r"(<!-- errors -->\n).*?(<!-- /errors -->)", re.DOTALL)
 
 
@@ -221,12 +225,7 @@ def write(page: Path, found: Sequence[Row], memory: float, seconds: float) -> No
     """Put the table where the page has its marks; the worst rows are named under it."""
     text = page.read_text(encoding="utf-8")
     chinese = "zh" in page.parts
-    head = (
-        "| 模型 | 布局 | 进程 | 预测 MB | 实测 | 误差 | RSS 增长 | 预测秒 | 实测 | 误差 |"
-        if chinese
-        else "| model | layout | ranks | predicted MB | measured MB | error | growth of RSS, MB | predicted s | measured s "
-        "| error |"
-    )
+    head = HEADS["zh" if chinese else "en"]
     worst = [max(found, key=lambda r: abs(getattr(r, f"{what}_error"))) for what in ("memory", "time")]
     errors = worst[0].memory_error, worst[1].time_error
     names = [say(resolve(r.case.layout, r.case.ranks)) for r in worst]

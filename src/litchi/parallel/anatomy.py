@@ -28,7 +28,6 @@ from litchi.parallel.meter import Op
 from litchi.parallel.recompute import Recompute
 from litchi.schema.sequence import Batch
 
-
 Attention = Callable[[Batch, None], Attend]
 
 

@@ -14,6 +14,7 @@ from litchi.parallel.hardware import Group, Machine
 from litchi.parallel.memory import BYTES, Stage, matrices, shards, short, stage_of, tree
 from litchi.parallel.mesh import AXES, SHARD, Axis, Layout, degrees
 from litchi.parallel.meter import Op
+from litchi.parallel.pipeline import PARTED
 from litchi.parallel.stages import Action, Moment, bubble, order, rank_of, stages_per_rank, timeline
 
 NAMES = {
@@ -133,8 +134,8 @@ def piped(
                 piece = ways["layer"][way].times(count)
                 piece = piece + ways["start"][way] if s == 0 else piece
                 piece = piece + ways["end"][way] if s == last else piece
-                gathers = gathering(layout, machine, stage, [ways["layer"][i].seconds for i in (0, 1)], busy, count)
-                taken[s, way] = piece + Piece(0.0, gathers[way] + (hop if 0 < s or last else 0.0))
+                anew = regathered(layout, machine, stage, ways["layer"][way].seconds, busy) * count
+                taken[s, way] = piece + Piece(0.0, anew + hop)
 
     def seconds(action: Action) -> float:
         forwards, backwards = taken[action.stage, 0].seconds, taken[action.stage, 1].seconds
@@ -150,7 +151,25 @@ def piped(
     sent = [(sum(taken[s, way].exchange for s, way in taken if holder(s, layout) == rank)) for rank in range(len(rows))]
     longest = max(range(len(rows)), key=lambda rank: sums[rank] + sent[rank])
     work, exchange = rounds * sums[longest], rounds * sent[longest]
-    return work, exchange, whole - work - exchange, tuple(tuple(row) for row in rows)
+    once = max(reduced_once(layout, machine, stage, busy) for stage in stages)
+    return work, exchange + once, max(0.0, whole - work - exchange), tuple(tuple(row) for row in rows)
+
+
+def regathered(layout: Layout, machine: Machine, stage: Stage, layer: float, busy: float) -> float:
+    """Of a layer of a pipeline's stage, each time that it is run: its weights are gathered anew with ZeRO-3."""
+    if layout.zero < 3 or shards(layout) == 1 or layout.schedule in PARTED:
+        return 0.0
+    took = gather(layout, machine, stage.layer.full - stage.layer.whole, busy)
+    return max(0.0, took - layer) if machine.overlaps else took
+
+
+def reduced_once(layout: Layout, machine: Machine, stage: Stage, busy: float) -> float:
+    """What FSDP2 exchanges once a step in a pipeline: gradients, and weights that then stay together."""
+    if layout.zero == 0 or shards(layout) == 1:
+        return 0.0
+    values = stage.total("full") - stage.total("whole")
+    kept = layout.zero < 3 or layout.schedule in PARTED
+    return scatter(layout, machine, values, busy) + (gather(layout, machine, values, busy) if kept else 0.0)
 
 
 def holder(stage: int, layout: Layout) -> int:
