@@ -44,7 +44,7 @@ WIDE = ModelConfig(
 STEPS = 5
 PAGES = (Path("docs/planner.md"), Path("docs/zh/planner.md"))
 HEADS = {
-    "en": "| model | layout | ranks | predicted MB | measured | error | growth of RSS | predicted s | measured | error |",
+    "en": "| model | layout | ranks | predicted MB | measured | error | RSS grew | predicted s | measured | error |",
     "zh": "| 模型 | 布局 | 进程 | 预测 MB | 实测 | 误差 | 实测 RSS | 预测 s | 实测 | 误差 |",
 }
 TABLE = re.compile(r"(<!-- errors -->\n).*?(<!-- /errors -->)", re.DOTALL)

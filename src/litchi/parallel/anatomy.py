@@ -20,8 +20,10 @@ from litchi.model.attention import BLOCK, Attend, Piece, attend_documents
 from litchi.model.moe import SparseMLP
 from litchi.model.network import Model, ModelConfig
 from litchi.model.objective import text_loss
-from litchi.parallel import context, recompute, tensor
+from litchi.model.rope import rotations
+from litchi.parallel import context, expert, recompute, tensor
 from litchi.parallel.collectives import take_rows
+from litchi.parallel.expert import travel
 from litchi.parallel.fake import FakeMeter, fake_tensors, fake_world
 from litchi.parallel.mesh import Layout, World
 from litchi.parallel.meter import Op
@@ -92,11 +94,11 @@ KNOWN: dict[str, Anatomy] = {}
 
 
 def dissect(w: Workload, layout: Layout) -> Anatomy:
-    """`layout` counts only by its ranks of tensor and context parallelism. Raises BadInput if sizes do not divide."""
-    alone = replace(layout, data=1, replicate=1, expert=1, pipeline=1, schedule="1f1b", zero=0)
+    """`layout` counts by its ranks of tensor, context and expert parallelism. Raises BadInput if sizes do not divide."""
+    alone = replace(layout, data=layout.expert, replicate=1, pipeline=1, schedule="1f1b", zero=0)
     key = to_json(replace(w, microbatches=1)) + to_json(alone)
     if key not in KNOWN:
-        KNOWN[key] = take_apart(w, alone, layout.tensor * layout.context)
+        KNOWN[key] = take_apart(w, alone, layout.tensor * layout.context * layout.expert)
     return KNOWN[key]
 
 
@@ -106,6 +108,7 @@ def take_apart(w: Workload, alone: Layout, ranks: int) -> Anatomy:
             model = Model(replace(w.model, num_layers=2, modalities={}))
         tensor.apply(model, world)
         context.apply(model, world)
+        expert.apply(model, world)
         recompute.apply(model, w.recompute)
         prepare(model, w, world)
         meter = FakeMeter(listing=True)
@@ -118,7 +121,6 @@ def take_apart(w: Workload, alone: Layout, ranks: int) -> Anatomy:
 
 
 def run_parts(model: Model, w: Workload, world: World, meter: FakeMeter) -> Anatomy:
-    whole = text_batch(w.rows, w.row)
     batch = text_batch(w.rows, w.row, w.tokens // world.degree("context"))
     before = meter.mark()
     rotation = None if w.model.places else rotation_of(model, batch)
@@ -142,7 +144,6 @@ def run_parts(model: Model, w: Workload, world: World, meter: FakeMeter) -> Anat
     middle, x_TD = run_part(meter, model, layer, x_TD)
     hidden = x_TD.numel() * x_TD.element_size()
     last, _ = run_part(meter, model, end, x_TD)
-    del whole
     return Anatomy(fixed, first, middle, last, hidden)
 
 
@@ -185,8 +186,6 @@ def text_batch(rows: int, row: int, length: int = 0) -> Batch:
 
 
 def rotation_of(model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
-    from litchi.model.rope import rotations
-
     c = model.config
     return rotations(batch.positions, c.head_width, c.theta, c.scaling, c.sections)
 
@@ -213,14 +212,15 @@ def evenly(batch: Batch) -> list[Tensor]:
 
 def read_evenly(x_ND: Tensor, counts_E: Tensor, experts: Any, *, group: Any) -> Tensor:
     """As if every expert were chosen as often as the others."""
-    from litchi.parallel.expert import travel
+    if group is None:
+        return each_in_turn(x_ND, list(experts))
+    even = [len(x_ND) // group.size()] * group.size()
+    y_ND = each_in_turn(travel(x_ND[: sum(even)], even, even, group), list(experts))
+    return travel(y_ND, even, even, group)
 
-    if group is not None:
-        even = [len(x_ND) // group.size()] * group.size()
-        x_ND = travel(x_ND[: sum(even)], even, even, group)
-    held = list(experts)
-    y_ND = torch.cat([expert(x) for x, expert in zip(x_ND.tensor_split(len(held)), held, strict=True)])
-    return y_ND if group is None else travel(y_ND, even, even, group)
+
+def each_in_turn(x_ND: Tensor, experts: list[Any]) -> Tensor:
+    return torch.cat([expert(x) for x, expert in zip(x_ND.tensor_split(len(experts)), experts, strict=True)])
 
 
 def documents_among(batch: Batch, cache: None, *, w: Workload, world: World, other: Attention) -> Attend:

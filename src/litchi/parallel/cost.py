@@ -186,16 +186,19 @@ def price(ops: Sequence[Op], layout: Layout, machine: Machine, busy: float) -> P
     work = exchange = 0.0
     for op in ops:
         if op.kind == "collective":
-            axis: Axis = "tensor" if len(op.group) == layout.tensor and stride_of(op.group) == 1 else "context"
-            group = group_of(layout, machine, axis)
+            group = group_of(layout, machine, axis_of(op.group, layout))
             exchange += machine.collective(NAMES.get(op.name, "all_reduce"), op.num_bytes, group, busy)
         else:
             work += machine.seconds(op, busy)
     return Piece(work, exchange)
 
 
-def stride_of(group: tuple[int, ...]) -> int:
-    return group[1] - group[0] if len(group) > 1 else 1
+def axis_of(group: tuple[int, ...], layout: Layout) -> Axis:
+    """The axis along which ranks of a trace exchange: they lie side by side, or as far apart as inner axes are wide."""
+    stride = group[1] - group[0] if len(group) > 1 else 1
+    if layout.tensor > 1 and stride == 1:
+        return "tensor"
+    return "context" if layout.context > 1 and stride == layout.tensor else "expert"
 
 
 # ---- what ZeRO exchanges ------------------------------------------------------------------------------------------

@@ -202,14 +202,19 @@ def mean(found: Sequence[Rates]) -> Rates:
             (p[0], sum(getattr(r, name)[i][1] for r in found) / len(found)) for i, p in enumerate(getattr(first, name))
         )
 
-    numbers = {name: over(name) for name in ("overhead", "unit", "adamw", "norm", "average")}
-    rates = tuple(
-        replace(p, rate=sum(r.products[i].rate for r in found) / len(found)) for i, p in enumerate(first.products)
-    )
-    row = first.attention[0][0]
-    attention = (row, *(sum(r.attention[0][way] for r in found) / len(found) for way in (1, 2)))
-    return replace(
-        first, products=rates, plain=points("plain"), smooth=points("smooth"), attention=(attention,), **numbers
+    rates = [sum(r.products[i].rate for r in found) / len(found) for i in range(len(first.products))]
+    forwards, backwards = (sum(r.attention[0][way] for r in found) / len(found) for way in (1, 2))
+    return Rates(
+        busy=first.busy,
+        products=tuple(replace(p, rate=rate) for p, rate in zip(first.products, rates, strict=True)),
+        plain=points("plain"),
+        smooth=points("smooth"),
+        attention=((first.attention[0][0], forwards, backwards),),
+        overhead=over("overhead"),
+        unit=over("unit"),
+        adamw=over("adamw"),
+        norm=over("norm"),
+        average=over("average"),
     )
 
 
@@ -220,9 +225,10 @@ def rank_links() -> list[Link]:
     """Alpha and beta of each collective among all ranks, and in groups of two of them at once."""
     world = join(Layout(tensor=2), torch.device("cpu"))
     size = world.size
-    groups = [(size, world.everyone())] + ([(2, world.group("tensor"))] if size > 2 else [])
     links = []
-    for ranks, group in groups:
+    for ranks, group in ((size, world.everyone()), (2, world.group("tensor"))):
+        if group is None or (ranks == 2 and size == 2 and links):
+            continue
         for name, act in ACTS.items():
             times = [(float(n), settled(act, torch.ones(n // 4), group)) for n in MESSAGES]
             links.append(Link(name, ranks, size, *fit(times)))

@@ -41,8 +41,8 @@ class Held:
 
     def __add__(self, other: Held) -> Held:
         largest, table = max(self.largest, other.largest), max(self.table, other.table)
-        sums = [getattr(self, f) + getattr(other, f) for f in ("full", "local", "whole", "matrices")]
-        return Held(*sums, largest, table)
+        full, local, whole = self.full + other.full, self.local + other.local, self.whole + other.whole
+        return Held(full, local, whole, self.matrices + other.matrices, largest, table)
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,8 +303,8 @@ def holding(name: str, shape: tuple[int, ...], layout: Layout) -> Held:
     local = full if whole or layout.zero == 0 or shard == 1 else -(-cut[0] // shard) * rest
     matrix = local if name.startswith("layers.") and len(shape) == 2 else 0
     table = full if name in ("embed_tokens.weight", "lm_head.weight") else 0
-    sizes = [int(x * share) for x in (full, local, full if whole else 0, matrix)]
-    return Held(*sizes, local, table)
+    here, kept, mine = int(full * share), int(local * share), int(matrix * share)
+    return Held(here, kept, here if whole else 0, mine, local, table)
 
 
 NAMES: dict[int, tuple[ModelConfig, str, str]] = {}
@@ -336,11 +336,12 @@ def shapes(model: str) -> list[tuple[str, tuple[int, ...]]]:
 
 def matrices(c: ModelConfig) -> list[tuple[int, int, int]]:
     """Rows, columns, and how many of a layer are alike, for each shape of matrices that Muon steps."""
-    counts: dict[tuple[int, ...], int] = {}
+    counts: dict[tuple[int, int], int] = {}
     for name, shape in shapes(name_of(c)):
         if name.startswith("layers.") and len(shape) == 2:
-            counts[shape] = counts.get(shape, 0) + 1
-    return [(*shape, count) for shape, count in counts.items()]
+            rows, columns = shape
+            counts[rows, columns] = counts.get((rows, columns), 0) + 1
+    return [(rows, columns, count) for (rows, columns), count in counts.items()]
 
 
 def shards(layout: Layout) -> int:

@@ -7,7 +7,7 @@ simulation and says so.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from litchi.config import BadInput
 from litchi.model.layout import check
@@ -247,10 +247,8 @@ def neighbours(p: Plan, axis: str) -> list[Choice]:
 
 def alike(a: Layout, b: Layout, axis: str) -> bool:
     """Whether two layouts differ along this axis only, data parallelism taking the rest."""
-    loose = {axis: getattr(b, axis), "data": b.data, "replicate": b.replicate, "schedule": b.schedule}
-    if b.data == 1 or a.data == 1:
-        loose["zero"] = b.zero
-    return replace(a, **loose) == b
+    loose = {axis, "data", "replicate", "schedule"} | ({"zero"} if 1 in (a.data, b.data) else set())
+    return all(getattr(a, field.name) == getattr(b, field.name) for field in fields(a) if field.name not in loose)
 
 
 def compare(best: Choice, other: Choice, p: Plan) -> str:
