@@ -94,7 +94,7 @@ KNOWN: dict[str, Anatomy] = {}
 
 
 def dissect(w: Workload, layout: Layout) -> Anatomy:
-    """`layout` counts by its ranks of tensor, context and expert parallelism. Raises BadInput if sizes do not divide."""
+    """`layout` counts by its ranks of tensor, context and expert parallelism. Raises BadInput as `plan.apply` does."""
     alone = replace(layout, data=layout.expert, replicate=1, pipeline=1, schedule="1f1b", zero=0)
     key = to_json(replace(w, microbatches=1)) + to_json(alone)
     if key not in KNOWN:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,7 @@ from litchi.model.attention import Attend, attend_dense, attention_among, attent
 from litchi.model.cache import Columns, KVCache
 from litchi.model.network import Model, ModelConfig, Velocity
 from litchi.model.vision import Tower
+from litchi.parallel import tower
 from litchi.parallel.collectives import all_gather, exchange, reduce_scatter
 from litchi.parallel.mesh import World
 from litchi.schema.sequence import COLUMNS, Batch, Vectors, seen_from
@@ -43,7 +45,7 @@ def share(batch: Batch, c: ModelConfig, world: World) -> Batch:
     keep = held(len(batch), world).to(batch.tokens.device)
     columns = {name: getattr(batch, name)[keep] for name in (*COLUMNS, "docs")}
     moved = torch.full_like(batch.docs, -1).index_copy(0, keep, torch.arange(len(keep), device=keep.device))
-    vectors = {m: standing(v, moved, whole=reads_whole(c, m)) for m, v in batch.vectors.items()}
+    vectors = {m: standing(v, moved, keeps=keeps(c, m, world)) for m, v in batch.vectors.items()}
     return Batch(**columns, vectors=vectors, cu_seqlens=bounds(columns["docs"]), row=batch.row)
 
 
@@ -61,19 +63,26 @@ def held(length: int, world: World) -> Int[Tensor, "t"]:
     return torch.arange(length).view(count, -1)[pieces].flatten()
 
 
-def standing(v: Vectors, moved: Int[Tensor, "T"], *, whole: bool) -> Vectors:
+def standing(v: Vectors, moved: Int[Tensor, "T"], *, keeps: Literal["rows", "pictures", "all"]) -> Vectors:
     """The rows that stand in a share; `moved` says where each token is in it, -1 for those of others."""
     v = replace(v, index=torch.where(v.index < 0, -1, moved[v.index]))
     inside = v.index >= 0
-    if not whole:
+    if keeps == "rows":
         return v[inside]
-    seen = seen_from(v, inside)
+    seen = v if keeps == "all" else seen_from(v, inside)
     return replace(seen, weight=seen.weight * (seen.index >= 0))
 
 
-def reads_whole(c: ModelConfig, modality: str) -> bool:
-    """Whether a reader must have all rows of a picture to read one: a tower, or places counted from its corner."""
-    return isinstance(c.modalities[modality], Tower | Velocity)
+def keeps(c: ModelConfig, modality: str, world: World) -> Literal["rows", "pictures", "all"]:
+    """What a reader must have beside the rows that stand in a share: the others of their pictures for a tower, or for
+    places counted from a corner; all pictures where ranks share those out."""
+    match c.modalities[modality]:
+        case Tower() if tower.shares(world):
+            return "all"
+        case Tower() | Velocity():
+            return "pictures"
+        case _:
+            return "rows"
 
 
 def bounds(docs: Int[Tensor, "t"]) -> Int[Tensor, "S+1"]:

@@ -151,8 +151,14 @@ def piped(
     sent = [(sum(taken[s, way].exchange for s, way in taken if holder(s, layout) == rank)) for rank in range(len(rows))]
     longest = max(range(len(rows)), key=lambda rank: sums[rank] + sent[rank])
     work, exchange = rounds * sums[longest], rounds * sent[longest]
-    once = max(reduced_once(layout, machine, stage, busy) for stage in stages)
-    return work, exchange + once, max(0.0, whole - work - exchange), tuple(tuple(row) for row in rows)
+    summed = max(reduced(layout, machine, stage, busy) for stage in stages) * (rounds if layout.exact else 1)
+    work += max(counting(w, layout, machine, stage, busy) for stage in stages) if layout.exact else 0.0
+    return (
+        work,
+        exchange + summed,
+        max(0.0, whole - rounds * (sums[longest] + sent[longest])),
+        tuple(tuple(row) for row in rows),
+    )
 
 
 def regathered(layout: Layout, machine: Machine, stage: Stage, layer: float, busy: float) -> float:
@@ -163,8 +169,9 @@ def regathered(layout: Layout, machine: Machine, stage: Stage, layer: float, bus
     return max(0.0, took - layer) if machine.overlaps else took
 
 
-def reduced_once(layout: Layout, machine: Machine, stage: Stage, busy: float) -> float:
-    """What FSDP2 exchanges once a step in a pipeline: gradients, and weights that then stay together."""
+def reduced(layout: Layout, machine: Machine, stage: Stage, busy: float) -> float:
+    """What FSDP2 exchanges in a pipeline for each microbatch, or once a step if sums need not be exact: gradients, and
+    weights that stay together in between."""
     if layout.zero == 0 or shards(layout) == 1:
         return 0.0
     values = stage.total("full") - stage.total("whole")
@@ -260,7 +267,7 @@ def reducing(w: Workload, layout: Layout, machine: Machine, stage: Stage, busy: 
     """What is summed beside FSDP2: all of it where ZeRO divides nothing."""
     if layout.zero > 0 and shards(layout) > 1:
         return 0.0
-    rounds = w.microbatches // layout.data if layout.exact and layout.pipeline == 1 else 1
+    rounds = w.microbatches // layout.data if layout.exact else 1
     num_bytes = BYTES * stage.total("full")
     if degrees(layout)["replicate"] * shards(layout) == 1:
         return 0.0

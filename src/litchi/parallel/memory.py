@@ -127,12 +127,14 @@ def working(w: Workload, layout: Layout, a: Anatomy, stage: Stage, rank: int) ->
     shard = shards(layout)
     divided = layout.zero > 0 and shard > 1
     own, shared = BYTES * (stage.layer.full - stage.layer.whole) * divided, BYTES * stage.root.full * divided
-    before = kept_before(w, layout, stage) + stale(layout, stage)
+    before = kept_before(w, layout, stage, in_flight(w, layout, rank)) + stale(layout, stage)
     kept = a.layer.saved
     n, flights, wires = stage.count, in_flight(w, layout, rank), wire(w, layout, a, rank)
     first, last = stage.start.full > 0, stage.end.full > 0
-    others = (flights - 1) * (n * kept + a.fixed) / max(1, len(stage.layers))
-    held = n / max(1, len(stage.layers)) * kept + a.fixed + (a.start.saved if first else a.hidden) + others
+    chunks = max(1, len(stage.layers))
+    entry = a.start.saved if first else a.hidden
+    others = (flights - 1) * ((n * kept + entry + last * a.end.saved) / chunks + a.fixed)
+    held = n / chunks * kept + a.fixed + entry + others
     gathered = shared + (0 if layout.zero == 3 else n * own)
     reduced = BYTES * n * stage.layer.local if layout.zero > 1 or (divided and layout.exact) else 0
     casts = w.recompute != "none" and w.dtype != "float32"  # autocast keeps them until the loss is there
@@ -152,7 +154,7 @@ def working(w: Workload, layout: Layout, a: Anatomy, stage: Stage, rank: int) ->
 
 def reducing(w: Workload, layout: Layout, stage: Stage) -> Iterator[Moment]:
     """When the gradients of the ends, or all that are not divided, are summed."""
-    before, shard = kept_before(w, layout, stage) + stale(layout, stage), shards(layout)
+    before, shard = kept_before(w, layout, stage, 1) + stale(layout, stage), shards(layout)
     if layout.zero > 0 and shard > 1:
         layers = BYTES * stage.count * stage.layer.local
         table, root = BYTES * stage.root.table, BYTES * stage.root.full
@@ -178,14 +180,14 @@ def stepping(w: Workload, layout: Layout, stage: Stage) -> Iterator[Moment]:
         yield "Muon", gradients, 0, max((muon_copies(*shape, stage.count) for shape in matrices(w.model)), default=0)
 
 
-def kept_before(w: Workload, layout: Layout, stage: Stage) -> float:
-    """Gradients that earlier microbatches have left while the last one is worked on."""
+def kept_before(w: Workload, layout: Layout, stage: Stage, flights: int) -> float:
+    """Gradients that earlier microbatches have left when so many are on their way for the last time."""
     rounds = w.microbatches // layout.data
     local, full = BYTES * stage.total("local"), BYTES * stage.total("full")
+    if layout.exact:
+        return local * max((i.bit_count() for i in range(rounds - flights // len(stage.layers) + 1)), default=0)
     if layout.pipeline > 1:  # torch's stages reduce after the last microbatch
         return full
-    if layout.exact:
-        return local * max((i.bit_count() for i in range(rounds)), default=0)
     return 0 if rounds == 1 else full if layout.zero == 1 else local
 
 

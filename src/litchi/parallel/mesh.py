@@ -48,6 +48,9 @@ class Layout:
     """Ranks among which the tokens of one batch are shared out."""
     attention: Literal["ulysses", "gather"] = "ulysses"
     """What ranks of an axis of context exchange: heads for tokens, or all keys and values."""
+    tower: Literal["copied", "shared"] = "copied"
+    """Whether each rank of the tensor and context axes runs the vision tower on all pictures of a batch that it reads
+    of, or on its share of them, whose rows it then gives to the others."""
     pipeline: int = 1
     schedule: Schedule = "1f1b"
     expert: int = 1

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from litchi.model.network import Model, ModelConfig, first_value
 from litchi.model.vision import SineTable
-from litchi.parallel import context, expert, recompute, shard, tensor
+from litchi.parallel import context, expert, recompute, shard, tensor, tower
 from litchi.parallel.leaf import Leaf, local_of
 from litchi.parallel.mesh import World
 from litchi.parallel.pipeline import Pipeline, split
@@ -60,12 +59,13 @@ def build(
 def apply(model: Model, world: World, *, again: Recompute = "none") -> Placed:
     """Put a network, with values or without, in its place; it is changed.
 
-    In this order: slices of matrices, tokens of a batch, experts, what layers compute again, stages, and last what ZeRO
-    divides. Raises BadInput if something cannot be divided.
+    In this order: slices of matrices, tokens of a batch, its pictures, experts, what layers compute again, stages, and
+    last what ZeRO divides. Raises BadInput if something cannot be divided.
     """
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     tensor.apply(model, world)
     context.apply(model, world)
+    tower.apply(model, world)
     expert.apply(model, world)
     recompute.apply(model, again)
     pipeline = split(model, world) if world.degree("pipeline") > 1 else None
@@ -74,10 +74,9 @@ def apply(model: Model, world: World, *, again: Recompute = "none") -> Placed:
     for stage in placed.models:
         whole = {p for name, p in stage.named_parameters() if shared_out and expert.is_expert(name)}
         shard.apply(stage, world, whole | (pipeline.borrowed(stage) if pipeline else set()))
-    rule = partial(tensor.slice_of, shared=tensor.shares_tokens(model.config, world))
     copies = pipeline.copies() if pipeline else set()
     for name, parameter in parameters(placed):
-        cut = rule(name, len(shapes[name])) if world.degree("tensor") > 1 else tensor.Slice()
+        cut = slice_of(name, len(shapes[name]), model.config, world)
         placed.leaves[name] = Leaf(
             name,
             parameter,
@@ -89,6 +88,14 @@ def apply(model: Model, world: World, *, again: Recompute = "none") -> Placed:
             copy=name in copies,
         )
     return placed if any(leaf.parameter.is_meta for leaf in placed.leaves.values()) else take_leaves(placed)
+
+
+def slice_of(name: str, num_dims: int, c: ModelConfig, world: World) -> tensor.Slice:
+    """What this rank has of a parameter, beside others of the tensor axis."""
+    if world.degree("tensor") == 1:
+        return tensor.Slice()
+    own = tower.slice_of(name) if tower.shares(world) else None
+    return own or tensor.slice_of(name, num_dims, shared=tensor.shares_tokens(c, world))
 
 
 def parameters(placed: Placed) -> Iterator[tuple[str, nn.Parameter]]:
