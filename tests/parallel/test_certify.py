@@ -17,11 +17,11 @@ def holds(crew: Crew, case: Case, kinds: tuple[str, ...]) -> None:
     assert not [finding for finding in findings if not finding.passes]
 
 
-@pytest.mark.parametrize("case", axes(), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*axes()], ids=lambda case: case.name)
 def test_an_axis_computes_what_one_process_computes(crew: Crew, case: Case):
     holds(crew, case, KINDS)
 
 
-@pytest.mark.parametrize("case", pairs(), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*pairs()], ids=lambda case: case.name)
 def test_a_pair_of_axes_computes_what_one_process_computes(crew: Crew, case: Case):
     holds(crew, case, ("image",))
