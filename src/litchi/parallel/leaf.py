@@ -75,7 +75,12 @@ class Leaf:
         return not self.copy and all(world.index(axis) == 0 for axis in spare)
 
     def twins(self) -> ProcessGroup | None:
-        """The ranks that have the whole of it between them and step it alike; None for one that is alone."""
+        """Ranks that may share out work on the whole of it; None for one that is alone.
+
+        Also None where sums are exact: products of a stack of matrices round otherwise when it is taken apart.
+        """
+        if self.world.layout.exact:
+            return None
         return self.world.group("replicate", *(EXPERT_SHARD if self.expert else SHARD))
 
     def part(self, whole: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def share_out(x: Tensor, group: ProcessGroup | None) -> Tensor:
-    """A stack orthogonalised between ranks that all have it, each doing some. oracle: `orthogonalise`, bit for bit"""
+    """A stack orthogonalised between ranks that all have it, each doing some. oracle: `orthogonalise`, to rounding"""
     if group is None:
         return orthogonalise(x)
     ranks, each = group.size(), -(-len(x) // group.size())
