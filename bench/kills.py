@@ -23,7 +23,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -157,7 +157,8 @@ def harass(folder: Path, config: TrainConfig, kills: int, draw: random.Random, t
         everyone = draw.random() < 0.5
         tally.at_starts += follow(folder)[0] == before
         for process in [command, *crew] if everyone else [draw.choice(crew)]:
-            os.kill(process, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # its supervisor reaped it in between
+                os.kill(process, signal.SIGKILL)
         in_save = drafting(folder)
         tally.kills, tally.of_all, tally.in_saves = tally.kills + 1, tally.of_all + everyone, tally.in_saves + in_save
         whom = "all and the supervisor" if everyone else "a rank"
@@ -342,7 +343,7 @@ def children(process: int) -> list[int]:
 def ended(pid: str) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return True
 
 
