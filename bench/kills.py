@@ -58,7 +58,7 @@ LAYOUTS = (Layout(zero=0), Layout(zero=1), Layout(zero=2), Layout(zero=3), Layou
 PATIENCE = 300.0
 """Seconds in which something must happen."""
 SUBREAPER = 36
-"""Of prctl: orphans become ours, so that we know when they are gone."""
+"""Of prctl."""
 
 
 @dataclass(slots=True)
@@ -89,7 +89,7 @@ class Tally:
 def main() -> int:
     args = parser().parse_args()
     folder = args.folder or Path(tempfile.mkdtemp(dir=Path.cwd(), prefix=".bench_kills_"))
-    ctypes.CDLL("libc.so.6").prctl(SUBREAPER, 1)
+    adopt()
     try:
         tally = campaign(folder, args.kills, random.Random(args.seed))
     finally:
@@ -156,16 +156,15 @@ def harass(folder: Path, config: TrainConfig, kills: int, draw: random.Random, t
             continue  # between two attempts of the supervisor
         everyone = draw.random() < 0.5
         tally.at_starts += follow(folder)[0] == before
-        for process in [command, *crew] if everyone else [draw.choice(crew)]:
-            with suppress(ProcessLookupError):  # its supervisor reaped it in between
-                os.kill(process, signal.SIGKILL)
+        if everyone:
+            end_all(command, crew)
+        else:
+            shoot(draw.choice(crew))
         in_save = drafting(folder)
         tally.kills, tally.of_all, tally.in_saves = tally.kills + 1, tally.of_all + everyone, tally.in_saves + in_save
         whom = "all and the supervisor" if everyone else "a rank"
         say(f"kill {tally.kills} at step {follow(folder)[1]}: {whom} of {len(crew)}{', in a save' if in_save else ''}")
         if everyone:
-            for process in [command, *crew]:
-                reap(process)
             command = 0
             check_all(folder, tally)
         else:
@@ -259,6 +258,11 @@ def said(folder: Path) -> str:
 # ---- processes ----------------------------------------------------------------------------------------------------
 
 
+def adopt() -> None:
+    """Let orphans become ours, so that we know when they are gone."""
+    ctypes.CDLL("libc.so.6").prctl(SUBREAPER, 1)
+
+
 class Forked:
     """A rank as a fork of its supervisor."""
 
@@ -338,6 +342,19 @@ def children(process: int) -> list[int]:
     """Those that still run."""
     listed = Path(f"/proc/{process}/task/{process}/children").read_text().split()
     return [int(pid) for pid in listed if not ended(pid)]
+
+
+def end_all(command: int, crew: Sequence[int]) -> None:
+    """Kill a supervisor and its ranks, and wait until they are gone."""
+    for process in (command, *crew):
+        shoot(process)
+    for process in (command, *crew):
+        reap(process)
+
+
+def shoot(process: int) -> None:
+    with suppress(ProcessLookupError):  # its supervisor reaped it in between
+        os.kill(process, signal.SIGKILL)
 
 
 def ended(pid: str) -> bool:
