@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import islice
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +15,8 @@ from hypothesis import strategies as st
 from litchi.config import BadInput
 from litchi.schema.sample import Sample, Text
 from litchi.schema.sequence import COLUMNS, Batch, TokenSequence, split
-from litchi.train.batches import BatchConfig, Batches
+from litchi.train.batches import BatchConfig, Batches, num_patches
+from tests.laws.documents import part, processor
 from tests.train.runs import CONFIG, PROCESSOR, sample
 
 laws = settings(max_examples=5, deadline=None, derandomize=True)
@@ -75,6 +78,39 @@ def test_a_restored_stream_goes_on_with_equal_batches(taken: int) -> None:
     again = batches()
     again.restore(first.state())
     assert all(same_batch(a, b) for a, b in islice(zip(first, again, strict=False), 3))
+
+
+SEEN = processor(tower=True)
+
+
+def test_a_tower_is_shown_evenly_much() -> None:
+    """Patches of a batch vary far less than with an eye on lengths alone, and each document is read once."""
+    config = BatchConfig(rows=6, row=96, lookahead=100)
+    stream, blind = Batches(pictures, SEEN, config, 3), Batches(pictures, SEEN, config, 3)
+    taken: list[int] = []
+    shown, before = [], []
+    for _ in range(30):
+        shown.append(num_patches(next(stream)))
+        taken += stream.taken
+        with mock.patch("litchi.train.batches.ranked", by_length):
+            before.append(num_patches(next(blind)))
+    assert np.std(shown) / np.mean(shown) < 0.6 * np.std(before) / np.mean(before)
+    waiting = [position for position, _ in stream.waiting]
+    assert sorted(taken + waiting) == list(range(stream.position))
+    again = Batches(pictures, SEEN, config, 3)
+    again.restore(stream.state())
+    assert same_batch(next(stream), next(again))
+
+
+def by_length(waiting: list[tuple[int, TokenSequence]], *, shown: bool) -> list[tuple[int, TokenSequence]]:
+    return [waiting[0], *sorted(waiting, key=lambda pair: -len(pair[1]))]
+
+
+def pictures(position: int) -> Sample:
+    """Words, and of two samples in five a picture that is seen and asked about."""
+    rng = np.random.default_rng(position)
+    kinds = ("see", "user", "answer") if rng.random() < 0.4 else ("user", "answer")
+    return Sample(tuple(part(kind, rng) for kind in kinds), key=str(position), source="law")
 
 
 def test_another_seed_draws_other_noise_for_the_same_documents() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from litchi.config import BadInput
 from litchi.schema.processor import Processor
 from litchi.schema.sample import Sample
-from litchi.schema.sequence import Batch, TokenSequence, pack_rows, supervised
+from litchi.schema.sequence import Batch, Modality, TokenSequence, pack_rows, supervised
 
 Samples = Callable[[int], Sample]
 """The global order of an endless epoch: position -> sample. Pure, so that a position is all there is to resume from."""
@@ -23,7 +23,7 @@ class BatchConfig:
     rows: int = 16
     row: int = 256
     lookahead: int = 64
-    """Documents that wait for a row they fit; more fill rows better."""
+    """Documents that wait for a row they fit; more fill rows better, and show a vision tower more evenly much."""
     emphasis: dict[str, float] = field(default_factory=dict)
     """Factor of every loss weight of a source, 1 where not named.
 
@@ -49,21 +49,28 @@ class Batches(Iterator[Batch]):
         """Positions of the documents of the last batch."""
 
     def __next__(self) -> Batch:
-        """Longest documents first into the fullest row that takes them; the oldest document always goes."""
+        """The oldest document that fits, and then the longest, into the fullest row that takes it.
+
+        Rows cost the same whatever stands in them, a vision tower costs what it is shown. So documents with pictures go
+        first while the batch has shown less than its share, and last while it has shown more: ranks finish together.
+        The oldest of all always goes.
+        """
         rows: list[list[TokenSequence]] = [[] for _ in range(self.config.rows)]
         space = [self.config.row] * self.config.rows
-        placed, self.taken = True, []
+        self.look_ahead()
+        pace = sum(num_patches(s) for _, s in self.waiting) / sum(len(s) for _, s in self.waiting)
+        placed, self.taken, read, seen = True, [], 0, 0
         while placed:
             self.look_ahead()
             placed = False
-            oldest, longest = self.waiting[0], sorted(self.waiting, key=lambda pair: -len(pair[1]))
-            for pair in [oldest, *longest]:
+            for pair in self.waiting[:1] if not read else ranked(self.waiting, shown=seen < pace * read):
                 fits = [r for r, left in enumerate(space) if left >= len(pair[1])]
                 if fits:
                     best = min(fits, key=lambda r: space[r])
                     rows[best].append(pair[1])
                     self.taken.append(pair[0])
                     space[best] -= len(pair[1])
+                    read, seen = read + len(pair[1]), seen + num_patches(pair[1])
                     self.waiting = [w for w in self.waiting if w is not pair]
                     placed = True
                     break
@@ -91,6 +98,20 @@ class Batches(Iterator[Batch]):
     def restore(self, state: dict) -> None:
         self.position = state["position"]
         self.waiting = [(position, self.encode(position)) for position in state["waiting"]]
+
+
+def ranked(waiting: list[tuple[int, TokenSequence]], *, shown: bool) -> Iterator[tuple[int, TokenSequence]]:
+    """First those that show a vision tower pictures, or those that do not; of each the oldest, then the longest."""
+    for kind in (shown, not shown):
+        alike = [pair for pair in waiting if (num_patches(pair[1]) > 0) == kind]
+        yield from alike[:1]
+        yield from sorted(alike, key=lambda pair: -len(pair[1]))
+
+
+def num_patches(sequence: TokenSequence) -> int:
+    """Rows that a vision tower reads."""
+    shown = sequence.vectors.get(Modality.VISION)
+    return 0 if shown is None else len(shown.index)
 
 
 def emphasised(sequence: TokenSequence, factor: float) -> TokenSequence:
