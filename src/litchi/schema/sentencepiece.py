@@ -213,7 +213,7 @@ def from_model(path: Path) -> Pieces:
         raise BadInput(f"{path} has {size} bytes, at most {MAX_FILE} are read: name a sentencepiece model")
     whole = Message(path, path.read_bytes())
     rows = [Message(path, value) for number, value in whole.fields() if number == 1 and isinstance(value, bytes)]
-    texts, scores = [row.text(1) for row in rows], [row.float(2) for row in rows]
+    texts, scores = [row.text(1) for row in rows], [row.real(2) for row in rows]
     types = [row.count(3, NORMAL) for row in rows]
     spec, rules, back = (Message(path, whole.raw(number)) for number in (2, 3, 5))
     if not texts:
@@ -281,7 +281,7 @@ class Message:
         except UnicodeDecodeError:
             self.refuse("text that is not UTF-8")
 
-    def float(self, number: int) -> float:
+    def real(self, number: int) -> float:
         found = self.raw(number) or bytes(4)
         return struct.unpack("<f", found)[0] if len(found) == 4 else self.refuse(f"no 32 bits as field {number}")
 

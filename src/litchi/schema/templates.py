@@ -312,7 +312,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             self.fit(size)
         return self.weighed(d.join(pieces))
 
-    concat = joined  # how Jinja puts together what a macro or a block prints
+    concat = joined  # pyrefly: ignore[bad-override]  # how Jinja puts together what a macro or a block prints
 
     def replaced(self, text: Any, old: Any, new: Any, count: int = -1) -> str:
         text, old, new = map(str, self.weighed((text, old, new)))
