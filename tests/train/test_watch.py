@@ -20,7 +20,8 @@ from litchi.config import BadInput
 from litchi.parallel.crew import Crew
 from litchi.parallel.mesh import Layout, World, join
 from litchi.train.blame import HUNG, Standing, blame, read_standings, standing_path, straggling, write_standing
-from litchi.train.watch import SUPERVISED, Shares, Watch, WatchConfig, await_path, locate, outwards
+from litchi.train.calls import stacks
+from litchi.train.watch import SUPERVISED, Shares, Watch, WatchConfig, await_path, locate
 from tests.train.toy import SERVER
 
 CODE, TREE = "src/litchi/model/network.py:50 in forward", "src/litchi/parallel/collectives.py:9 in total"
@@ -122,6 +123,30 @@ def test_a_slow_rank_is_slow_against_the_others() -> None:
     assert straggling({0: stands(0, own=0.4)}, 1.5).ratio == 1.0
 
 
+def test_calls_of_a_thread_that_runs_on_are_calls() -> None:
+    """Each stack is one that the thread had, from where it stood out to its beginning."""
+    over = threading.Event()
+
+    def inner(depth: int) -> None:
+        if depth:
+            inner(depth - 1)
+
+    def busy() -> None:
+        while not over.is_set():
+            inner(5)
+
+    thread = threading.Thread(target=busy)
+    thread.start()
+    seen = [stacks()[thread.ident or 0] for _ in range(300)]
+    over.set()
+    thread.join()
+    for stack in seen:
+        names = [call.function for call in stack if call.path == __file__]
+        assert names in [["inner"] * n + ["busy"] for n in range(8)], names
+        assert stack[-1].function == "_bootstrap"
+    assert len({len(stack) for stack in seen}) > 2
+
+
 def test_a_torn_or_missing_standing_is_no_standing(tmp_path: Path) -> None:
     standing_path(tmp_path, 0).write_text('{"rank": 0, "ho')
     assert read_standings(tmp_path, 2) == {}
@@ -143,7 +168,7 @@ def test_a_rank_writes_where_it_stands(tmp_path: Path) -> None:
     with Watch(World(), tmp_path, WatchConfig(sample=0.001, beat=0.001), model) as watch:
         watch.step(7)
         module, line = model[0]()
-        assert module == "0" and line == f"src/litchi/train/watch.py:{line.split(':')[1].split()[0]} in located"
+        assert module == "0" and line == f"src/litchi/train/calls.py:{line.split(':')[1].split()[0]} in stacks"
         with watch.during("save"):
             until = time.monotonic() + 10
             while (saving := here(tmp_path)).phase != "save" and time.monotonic() < until:
@@ -252,7 +277,7 @@ def late(kind: str) -> tuple[str, str]:
             until = time.monotonic() + 20
             time.sleep(0.1)  # until what is only begun has been begun
             while not seen and time.monotonic() < until:
-                if (found := locate(outwards(sys._current_frames().get(main))))[1]:
+                if (found := locate(stacks().get(main or 0, ())))[1]:
                     seen.append(found)
 
         thread = threading.Thread(target=look)

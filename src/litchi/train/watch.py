@@ -7,20 +7,18 @@ the run, which all ranks share; nothing is sent, so that it works when sending d
 from __future__ import annotations
 
 import faulthandler
-import linecache
 import os
 import socket
 import statistics
 import sys
 import threading
 import time
-import traceback
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 
 import torch
 import torch.distributed as dist
@@ -38,6 +36,7 @@ from litchi.train.blame import (
     straggling,
     write_standing,
 )
+from litchi.train.calls import Stack, stack_of, stacks
 
 FOLDER = "ranks"
 """Below the folder of a run, where ranks write of themselves."""
@@ -120,7 +119,7 @@ class Watch:
             self.now = "done"
             self.write(self.standing())
             return
-        line, collective = locate(reversed([(f, number) for f, number in traceback.walk_tb(trace)]))
+        line, collective = locate(stack_of(trace))
         said = " ".join(str(error).split())[:300]
         failure = f"{type(error).__name__}: {said}" if said else type(error).__name__
         self.write(self.standing(line=line, collective=collective, failure=failure))
@@ -231,20 +230,23 @@ class Watch:
 
     def located(self) -> tuple[str, str]:
         """The line and the collective of the main thread, or of a thread that runs backward for it."""
-        frames = sys._current_frames()
-        line, collective = locate(outwards(frames.get(self.main or 0)))
-        if not collective and "_engine_run_backward" in names_of(frames.get(self.main or 0)):
-            for ident, frame in frames.items():
-                if ident not in (self.main, threading.get_ident()) and (found := locate(outwards(frame)))[1]:
+        threads = stacks()
+        main = threads.get(self.main or 0, ())
+        line, collective = locate(main)
+        if not collective and any(call.function == "_engine_run_backward" for call in main):
+            for ident, stack in threads.items():
+                if ident not in (self.main, threading.get_ident()) and (found := locate(stack))[1]:
                     return found
         return line, collective
 
     def module(self) -> str:
-        """The innermost module of the network whose forward the main thread is in."""
-        for frame, _ in outwards(sys._current_frames().get(self.main or 0)):
+        """The innermost module of the network whose forward the main thread, which hangs, is in."""
+        frame = sys._current_frames().get(self.main or 0)
+        while frame is not None:
             found = frame.f_locals.get("self")
             if isinstance(found, nn.Module):
                 return self.names.get(id(found)) or type(found).__name__
+            frame = frame.f_back
         return ""
 
 
@@ -274,36 +276,25 @@ class Shares:
             self.seconds = 0.0
 
 
-# ---- frames -------------------------------------------------------------------------------------------------------
+# ---- lines --------------------------------------------------------------------------------------------------------
 
 
-def outwards(frame: FrameType | None) -> Iterator[tuple[FrameType, int]]:
-    """Frames and their lines from the innermost."""
-    while frame is not None:
-        yield frame, frame.f_lineno or 0
-        frame = frame.f_back
-
-
-def names_of(frame: FrameType | None) -> set[str]:
-    return {f.f_code.co_name for f, _ in outwards(frame)}
-
-
-def locate(frames: Iterable[tuple[FrameType, int]]) -> tuple[str, str]:
+def locate(stack: Stack) -> tuple[str, str]:
     """The innermost line that is nobody's library, and the collective that is waited in ("" if none).
 
     A line that waits for work that was begun earlier (`work.wait()`) counts as the collective "wait".
     """
     collective = innermost = ""
-    for frame, number in frames:
-        path, function = frame.f_code.co_filename, frame.f_code.co_name
+    for call in stack:
+        path, function = call.path, call.function
         if not innermost and path in COLLECTIVES:
             known = collective not in ("", "wait")
             if not known or path != FSDP:  # the outermost is what was called, and FSDP calls the well-known ones
                 collective = function if function not in WAITS else collective or "wait"
         elif not path.startswith((TORCH, "<frozen")):
-            if not innermost and not collective and ".wait(" in linecache.getline(path, number):
+            if not innermost and not collective and ".wait(" in call.source:
                 collective = "wait"
-            line = f"{shorten(path)}:{number} in {function}"
+            line = f"{shorten(path)}:{call.number} in {function}"
             innermost = innermost or line
             if path.startswith(LITCHI) or not path.startswith(LIBRARIES):
                 return line, collective
