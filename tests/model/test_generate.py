@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from litchi.config import BadInput
-from litchi.model.generate import Generator, drawing, held
+from litchi.model.generate import Generator
+from litchi.model.program import drawing, held
 from litchi.schema.request import DRAWING, Request, SamplingParams
 from litchi.schema.sample import Action, Image, Role, Text
 from tests.laws.documents import model, processor

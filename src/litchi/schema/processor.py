@@ -334,6 +334,12 @@ class Processor:
         t = self.tokenizer
         return frozenset({t.pad, t.end, t.picture, t.patch, *t.roles.values(), *self.actions_by_token()})
 
+    @cached_property
+    def unspeakable(self) -> Tensor:
+        """Ids that no turn of words holds: controls, but for ends and for what opens a picture."""
+        t = self.tokenizer
+        return torch.tensor(sorted(self.controls - t.ends - {t.picture}), dtype=torch.long)
+
     def actions_by_token(self) -> dict[int, tuple[str, int]]:
         """Which action of which space each action token is."""
         discrete = [name for name, space in self.spaces.items() if isinstance(space, Discrete)]
