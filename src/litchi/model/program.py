@@ -32,8 +32,8 @@ FLOW_STEPS = 20
 class Read:
     """Read what of a document is new.
 
-    `rows` hidden states (rows, D) of its end are wanted, or with `scores` the scores (V,) of the next token; neither, and
-    the answer is None. A draft is read and forgotten: a span that is not clean yet.
+    `rows` hidden states (rows, D) of its end are wanted, or with `scores` the scores (V,) of the next token; neither,
+    and the answer is None. A draft is read and forgotten: a span that is not clean yet.
     """
 
     builder: Builder
