@@ -86,6 +86,7 @@ class Row:
 
 def main() -> None:
     found: list[Row] = []
+    torch.set_num_threads(1)  # as ranks do, so that the rows say so
     with Crew(4) as crew:
         for ranks in (1, 2, 4):
             crew.run(tame_memory)
@@ -234,7 +235,7 @@ def write(page: Path, found: Sequence[Row], memory: float, seconds: float) -> No
         f"时间 {errors[1]:+.1%}（{names[1]}）。{hardware()}。"
         if chinese
         else f"Median error: memory {memory:.1%}, time {seconds:.1%}. Worst: memory {errors[0]:+.1%} ({names[0]}), "
-        f"time {errors[1]:+.1%} ({names[1]}). {hardware()} a rank."
+        f"time {errors[1]:+.1%} ({names[1]}). {hardware()}."
     )
     body = "\n".join([head, "|---" * 10 + "|", *map(line, found), "", said])
     page.write_text(TABLE.sub(lambda m: f"{m[1]}{body}\n{m[2]}", text), encoding="utf-8")
