@@ -14,6 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+# torch 2.13 has these under new names, 2.11 under the old ones only
+gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 # ---- without gradients --------------------------------------------------------------------------------------------
 
 
@@ -22,7 +26,7 @@ def all_gather(x: Tensor, group: ProcessGroup | None) -> Tensor:
     if group is None:
         return x
     out = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
-    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+    gather_into(out, x.contiguous(), group=group)
     return out
 
 
@@ -31,7 +35,7 @@ def reduce_scatter(x: Tensor, group: ProcessGroup | None) -> Tensor:
     if group is None:
         return x
     out = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
-    dist.reduce_scatter_tensor(out, x.contiguous(), group=group)
+    scatter_into(out, x.contiguous(), group=group)
     return out
 
 
