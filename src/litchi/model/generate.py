@@ -23,8 +23,11 @@ from litchi.schema.sequence import pack, window
 class Generator:
     """A `Sampler` on one model, in this process."""
 
-    def __init__(self, model: Model, processor: Processor, *, cached: bool = True) -> None:
-        self.model, self.processor, self.cached = model.eval(), processor, cached
+    def __init__(
+        self, model: Model, processor: Processor, *, cached: bool = True, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """`dtype` is what matrices are multiplied in: float32 leaves that to the weights, bfloat16 is autocast's."""
+        self.model, self.processor, self.cached, self.dtype = model.eval(), processor, cached, dtype
 
     def complete(self, request: Request) -> Completion:
         """The whole answer at once."""
@@ -34,7 +37,8 @@ class Generator:
     def stream(self, request: Request) -> Iterator[Delta]:
         """Answer piece by piece; the last delta carries the reason why it ends, and the length of the prompt."""
         steps = Program(self.model, self.processor, request).steps()
-        reader = Reader(self.model, KVCache.empty(self.model.config.num_layers) if self.cached else None)
+        cache = KVCache.empty(self.model.config.num_layers) if self.cached else None
+        reader = Reader(self.model, cache, self.dtype)
         step = next(steps, None)
         while step is not None:
             found = None
@@ -54,10 +58,16 @@ class Reader:
 
     model: Model
     cache: KVCache | None
+    dtype: torch.dtype
     count: int = 0
     """Tokens that lie in the cache."""
 
     def read(self, wish: Read) -> Tensor | None:
+        device = self.model.embed_tokens.weight.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            return self.look(wish)
+
+    def look(self, wish: Read) -> Tensor | None:
         sequence = wish.builder.build()
         if self.cache is None:
             if not (wish.rows or wish.scores):
@@ -70,7 +80,7 @@ class Reader:
             x_TD = self.model(pack([window(sequence, self.count, len(sequence))]), cache)
             self.count = self.count if wish.draft else len(sequence)
         if wish.scores:
-            return self.model.logits(x_TD[-1])
+            return self.model.logits(x_TD[-1]).float()
         return x_TD[-wish.rows :] if wish.rows else None
 
 

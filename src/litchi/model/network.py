@@ -342,6 +342,8 @@ class Model(nn.Module):
         """Who reads whom, for a batch; ranks that share out its tokens put their own form here."""
         self.surprise = surprise
         """How unlikely labels are under scores; ranks that share out the vocabulary put their own form here."""
+        self.product = F.linear
+        """How scores are found."""
         self.embed_tokens = nn.Embedding(c.vocab_size, c.width)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_layers))
         self.norm = norm_of(c)
@@ -419,7 +421,7 @@ class Model(nn.Module):
 
     def logits(self, x_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T V"]:
         """Scores of the next token."""
-        return F.linear(x_TD, self.embed_tokens.weight) if self.config.tied else self.lm_head(x_TD)
+        return self.product(x_TD, self.embed_tokens.weight) if self.config.tied else self.lm_head(x_TD)
 
     def clean(self, x_ND: Float[Tensor, "N D"], modality: str, value_NC: Tensor, time: Tensor | float) -> Tensor:
         """What the vectors are without corruption: digit scores (N, C, L) for masks, values (N, C) for flows.

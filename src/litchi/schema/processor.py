@@ -19,7 +19,7 @@ from litchi.config import BadInput
 from litchi.schema.arrays import IGNORE
 from litchi.schema.protocol import Codec
 from litchi.schema.sample import Action, Image, Part, Role, Sample, Text, Video
-from litchi.schema.sequence import Modality, TokenSequence, Vectors
+from litchi.schema.sequence import Modality, TokenSequence, Vectors, seen_from
 from litchi.schema.tokenizer import Tokenizer
 
 
@@ -131,6 +131,17 @@ class Builder:
             readable=torch.tensor(self.readable, dtype=torch.bool),
             vectors={modality: Vectors.join(blocks) for modality, blocks in self.rows.items()},
         )
+
+    def vectors_in(self, start: int, stop: int) -> dict[Modality, Vectors]:
+        """The rows that stand in [start, stop), and others of their pictures, which then stand nowhere."""
+        found = {}
+        for modality, blocks in self.rows.items():
+            near = [v for v in blocks if int(v.index.max()) >= start and int(v.index[v.index >= 0].min()) < stop]
+            v = Vectors.join(near) if near else None
+            if v is not None and bool((inside := (v.index >= start) & (v.index < stop)).any()):
+                v = seen_from(v, inside) if modality is Modality.VISION else v[inside]
+                found[modality] = v.shifted(0, -v.first_picture)
+        return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,377 @@
+"""The engine: many programs, one network. A step reads for all that wait: prompts by chunks, words, drafts of pictures.
+
+A program says what it must read next, the engine chooses who reads how much, and no answer depends on that choice. When
+pages run out, the youngest document gives its own back and is read again later.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from litchi.config import BadInput
+from litchi.model import exact
+from litchi.model.generate import whole
+from litchi.model.network import Model
+from litchi.model.program import Program, Read, Steps
+from litchi.schema.processor import Processor
+from litchi.schema.request import Completion, Delta, Request
+from litchi.serve.pages import OutOfPages, Pages
+from litchi.serve.prefix import page_keys
+from litchi.serve.runner import Piece, Runner
+
+log = logging.getLogger("litchi.serve")
+
+Put = Callable[[Delta | BaseException | None], None]
+"""Takes each piece of an answer, and in the end None, or the error that ended it."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """How much is read at once, and how much memory that may take."""
+
+    max_running: int = 32
+    """Requests that are answered at once; others wait."""
+    step_tokens: int = 256
+    """Tokens of a step; a span of more is read alone."""
+    page: int = 64
+    """Tokens of a page; a divisor of 512."""
+    cache_tokens: int = 16_384
+    """Tokens whose keys and values have a place."""
+    remember: bool = True
+    """Whether what was read is kept for documents that begin alike."""
+    dtype: str = "float32"
+    """What matrices are multiplied in: float32 or bfloat16."""
+
+
+@dataclass(slots=True, eq=False)
+class Track:
+    """One request on its way."""
+
+    program: Program
+    steps: Steps
+    put: Put
+    wish: Read | None = None
+    pages: list[int] = field(default_factory=list)
+    count: int = 0
+    """Tokens of the document that lie in pages and stay."""
+    cancelled: bool = False
+    cached: int = 0
+    """Tokens that were found already read, at the beginning."""
+
+    @property
+    def clean(self) -> int:
+        """Tokens of what is to be read that stay."""
+        assert self.wish is not None
+        return len(self.wish.builder.tokens) - (self.wish.rows if self.wish.draft else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What the engine has to do, and what it has done."""
+
+    running: int
+    waiting: int
+    steps: int
+    tokens_read: int
+    tokens_cached: int
+    preempted: int
+
+
+class Engine:
+    """A `Sampler` for many at once. `start` runs it in a thread of its own; `step` does one step, for tests."""
+
+    def __init__(
+        self, model: Model, processor: Processor, config: EngineConfig | None = None, weights: str = ""
+    ) -> None:
+        """`weights` is what tells these weights from others."""
+        self.config = config or EngineConfig()
+        self.model, self.processor, self.weights = model, processor, weights
+        if exact.KEYS % self.config.page:
+            raise BadInput(f"serve.engine.page={self.config.page} must divide {exact.KEYS}: set 64")
+        dtype = getattr(torch, self.config.dtype)
+        self.pages = Pages(model.config, self.config.cache_tokens // self.config.page + 1, self.config.page, dtype)
+        self.runner = Runner(model, self.pages, dtype)
+        self.running: list[Track] = []
+        self.waiting: deque[Track] = deque()
+        self.changed = threading.Condition()
+        self.closing = False
+        self.num_steps = self.tokens_read = self.tokens_cached = self.preempted = 0
+        self.thread = threading.Thread(target=self.work, name="litchi-engine", daemon=True)
+
+    # ---- from any thread ----
+
+    def submit(self, request: Request, put: Put) -> Track:
+        """Take a request in. Raises BadInput for one that cannot be read."""
+        program = Program(self.model, self.processor, request)
+        self.check(len(program.builder.tokens))
+        track = Track(program, program.steps(), put)
+        with self.changed:
+            if self.closing:
+                raise BadInput("the engine is closing: ask again later")
+            self.waiting.append(track)
+            self.changed.notify_all()
+        return track
+
+    def check(self, length: int) -> None:
+        if length >= self.room:
+            raise BadInput(
+                f"the prompt has {length} tokens, the cache {self.room}: shorten it or raise serve.engine.cache_tokens"
+            )
+
+    @property
+    def room(self) -> int:
+        """Tokens that one document may have."""
+        return (len(self.pages.readers) - 1) * self.pages.size
+
+    def cancel(self, track: Track) -> None:
+        """Stop answering; the end is still told."""
+        with self.changed:
+            track.cancelled = True
+            self.changed.notify_all()
+
+    def stream(self, request: Request) -> Iterator[Delta]:
+        """The pieces of one answer, while the engine's thread runs."""
+        pieces: queue.SimpleQueue[Delta | BaseException | None] = queue.SimpleQueue()
+        track = self.submit(request, pieces.put)
+        try:
+            while (piece := pieces.get()) is not None:
+                if isinstance(piece, BaseException):
+                    raise piece
+                yield piece
+        finally:
+            self.cancel(track)
+
+    def complete(self, request: Request) -> Completion:
+        return whole(list(self.stream(request)))
+
+    def load(self) -> Load:
+        with self.changed:
+            return Load(
+                len(self.running),
+                len(self.waiting),
+                self.num_steps,
+                self.tokens_read,
+                self.tokens_cached,
+                self.preempted,
+            )
+
+    # ---- the thread ----
+
+    def start(self) -> Engine:
+        self.thread.start()
+        return self
+
+    def close(self) -> None:
+        """Tell everybody that it ends, and wait for the step that runs."""
+        with self.changed:
+            self.closing = True
+            self.changed.notify_all()
+        if self.thread.is_alive():
+            self.thread.join()
+        for track in [*self.running, *self.waiting]:
+            self.end(track, None)
+        self.running, self.waiting = [], deque()
+
+    def work(self) -> None:
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.running or self.waiting or self.closing)
+                if self.closing:
+                    return
+            self.step()
+
+    @torch.no_grad()
+    def step(self) -> bool:
+        """Read once for all that wait to be read for; False if nobody does."""
+        self.admit()
+        chosen = self.choose()
+        if not chosen:
+            return False
+        found = self.runner.run([piece for _, piece in chosen])
+        self.num_steps += 1
+        for (track, piece), answer in zip(chosen, found, strict=True):
+            self.commit(track, piece, answer)
+        return True
+
+    def admit(self) -> None:
+        """Let those in that wait, and those go who have left."""
+        with self.changed:
+            fresh: list[Track] = []
+            while self.waiting and len(self.running) + len(fresh) < self.config.max_running:
+                fresh.append(self.waiting.popleft())
+        self.running += fresh
+        for track in fresh:
+            self.advance(track, None)
+        for track in [track for track in self.running if track.cancelled]:
+            self.running.remove(track)
+            self.end(track, None)
+
+    # ---- who reads ----
+
+    def choose(self) -> list[tuple[Track, Piece]]:
+        """Pieces of this step, the oldest requests first: those that read little before those that read much."""
+        budget = self.config.step_tokens
+        chosen: list[tuple[Track, Piece]] = []
+        for track in sorted(self.running, key=lambda t: self.left(t) > 1):
+            if track not in self.running:
+                continue  # it gave way
+            if budget <= 0:
+                break
+            if not track.pages:
+                self.recall(track)
+            piece = self.piece(track, budget, busy={id(t) for t, _ in chosen}, alone=not chosen)
+            if piece is not None:
+                chosen.append((track, piece))
+                budget -= piece.stop - piece.start
+        return chosen
+
+    def left(self, track: Track) -> int:
+        assert track.wish is not None
+        return len(track.wish.builder.tokens) - track.count
+
+    def recall(self, track: Track) -> None:
+        """Begin with what another document has read already; one token at least is read, for what is wanted of it."""
+        if not self.config.remember:
+            return
+        assert track.wish is not None
+        length = min(track.clean, len(track.wish.builder.tokens) - 1)
+        keys = list(page_keys(track.wish.builder, length, self.pages.size, self.weights))
+        track.pages = self.pages.find(keys)
+        track.count = track.cached = len(track.pages) * self.pages.size
+        self.tokens_cached += track.count
+
+    def piece(self, track: Track, budget: int, busy: set[int], *, alone: bool) -> Piece | None:
+        """What to read of a document; None if there is no room in this step."""
+        wish = track.wish
+        assert wish is not None
+        total = len(wish.builder.tokens)
+        if track.count < track.clean:
+            stop = self.cut(wish, track.count, track.clean, budget, alone=alone)
+            draft = wish.draft and stop == track.clean and total - track.count <= budget
+            stop = total if draft else stop
+        else:
+            stop = total
+            if stop - track.count > budget and not alone:
+                return None
+        if stop <= track.count or not self.make_room(track, stop, busy):
+            return None
+        whole_wish = stop == total
+        rows = wish.rows if whole_wish else 0
+        return Piece(wish.builder, track.count, stop, track.pages, rows, whole_wish and wish.scores)
+
+    def cut(self, wish: Read, start: int, clean: int, budget: int, *, alone: bool) -> int:
+        """Where to stop: within the budget, at the end of a span."""
+        stop, spans = min(clean, start + budget), wish.builder.spans
+        while start < stop < clean and spans[stop] == spans[stop - 1]:
+            stop -= 1
+        if stop > start or not alone:
+            return stop
+        stop = start + 1
+        while stop < clean and spans[stop] == spans[stop - 1]:
+            stop += 1
+        return stop
+
+    def make_room(self, track: Track, stop: int, busy: set[int]) -> bool:
+        """Pages up to `stop`; younger documents that are not part of this step give way if need be."""
+        while len(track.pages) * self.pages.size < stop:
+            try:
+                track.pages.append(self.pages.take())
+            except OutOfPages:
+                younger = [t for t in self.running[self.running.index(track) + 1 :] if t.pages and id(t) not in busy]
+                if not younger:
+                    if self.alone(track, busy):
+                        raise
+                    self.give_back(track)
+                    return False
+                self.give_back(younger[-1])
+                self.preempted += 1
+        return True
+
+    def alone(self, track: Track, busy: set[int]) -> bool:
+        return not busy and not any(t.pages for t in self.running if t is not track)
+
+    def give_back(self, track: Track) -> None:
+        self.pages.drop(track.pages)
+        track.pages, track.count = [], 0
+
+    # ---- what was read ----
+
+    def commit(self, track: Track, piece: Piece, answer: Tensor | None) -> None:
+        wish = track.wish
+        assert wish is not None
+        self.tokens_read += piece.stop - piece.start
+        before, track.count = track.count, min(piece.stop, track.clean)
+        if self.config.remember and track.count // self.pages.size > before // self.pages.size:
+            keys = page_keys(wish.builder, track.count, self.pages.size, self.weights)
+            for page, key in zip(track.pages, keys, strict=False):
+                self.pages.remember(page, key)
+        if piece.stop == len(wish.builder.tokens):
+            self.advance(track, answer)
+
+    def advance(self, track: Track, answer: Tensor | None) -> None:
+        """Let the program go on until it must read again, or has ended."""
+        try:
+            while True:
+                step = track.steps.send(answer)
+                answer = None
+                if isinstance(step, Delta):
+                    track.put(step)
+                    continue
+                track.wish = step
+                if track.count < len(step.builder.tokens):
+                    self.fits(track)
+                    return
+        except StopIteration:
+            self.leave(track, None)
+        except Exception as error:
+            self.leave(track, error)
+
+    def fits(self, track: Track) -> None:
+        assert track.wish is not None
+        if len(track.wish.builder.tokens) > self.room:
+            raise BadInput(
+                f"the document has grown to {len(track.wish.builder.tokens)} tokens, the cache has {self.room}: "
+                f"ask for less or raise serve.engine.cache_tokens"
+            )
+
+    def leave(self, track: Track, error: BaseException | None) -> None:
+        self.running.remove(track)
+        self.end(track, error)
+
+    def end(self, track: Track, error: BaseException | None) -> None:
+        self.give_back(track)
+        track.steps.close()
+        track.put(error)
+
+
+def drain(engine: Engine, requests: Sequence[Request]) -> list[Completion]:
+    """Answers of an engine whose thread does not run, all at once."""
+    pieces: list[list[Delta]] = [[] for _ in requests]
+    errors: list[BaseException] = []
+
+    def taker(index: int) -> Put:
+        def take(piece: Delta | BaseException | None) -> None:
+            if isinstance(piece, Delta):
+                pieces[index].append(piece)
+            elif piece is not None:
+                errors.append(piece)
+
+        return take
+
+    for index, request in enumerate(requests):
+        engine.submit(request, taker(index))
+    for _ in itertools.count():
+        if not engine.step():
+            break
+    if errors:
+        raise errors[0]
+    return [whole(deltas) for deltas in pieces]

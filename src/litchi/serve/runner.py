@@ -1,0 +1,154 @@
+"""One forward of the network for pieces of many documents at once, over pages.
+
+T tokens of all pieces, G key-value heads, K head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from litchi.model import exact
+from litchi.model.attention import Attend
+from litchi.model.network import Model
+from litchi.schema.arrays import IGNORE
+from litchi.schema.processor import Builder
+from litchi.schema.sequence import Batch, Vectors
+from litchi.serve.pages import Pages
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The tokens [start, stop) of a document, which lies in `pages`; what is wanted is that of a `Read`."""
+
+    builder: Builder
+    start: int
+    stop: int
+    pages: Sequence[int]
+    rows: int = 0
+    scores: bool = False
+
+
+class Runner:
+    """The network by PyTorch, under the rules that make it exact."""
+
+    def __init__(self, model: Model, pages: Pages, dtype: torch.dtype) -> None:
+        """`dtype` is what matrices are multiplied in."""
+        self.model, self.pages, self.dtype = exact.apply(model.eval()), pages, dtype
+        model.attention = attention
+
+    @torch.no_grad()
+    def run(self, pieces: Sequence[Piece]) -> list[Tensor | None]:
+        """What each piece wants: hidden states (rows, D), scores (V,), or nothing."""
+        batch = together(pieces)
+        with torch.autocast(self.pages.keys.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            x_TD = self.model(batch, View(self.pages, pieces, len(batch)))
+            ends = batch.cu_seqlens.tolist()[1:]
+            last = [end - 1 for end, piece in zip(ends, pieces, strict=False) if piece.scores]
+            scores = iter(self.model.logits(x_TD[last]).float() if last else ())
+        found: list[Tensor | None] = []
+        for end, piece in zip(ends, pieces, strict=False):
+            found.append(next(scores) if piece.scores else x_TD[end - piece.rows : end] if piece.rows else None)
+        return found
+
+
+class View:
+    """What the layers take for a cache: keys go to the pages of their documents, and queries find them there."""
+
+    def __init__(self, pages: Pages, pieces: Sequence[Piece], length: int) -> None:
+        self.pages, self.pieces = pages, pieces
+        size, places = pages.size, []
+        for piece in pieces:
+            places += [(piece.pages[at // size], at % size) for at in range(piece.start, piece.stop)]
+        self.count = len(places)
+        self.page, self.offset = torch.tensor(places).unbind(1)
+        self.tables = [self.table(piece) for piece in pieces]
+        self.masks = [mask_of(piece) for piece in pieces]
+        self.length = length
+
+    def table(self, piece: Piece) -> Tensor:
+        """Pages of all keys, and the page of zeros until there are as many as the rule wants."""
+        size = self.pages.size
+        count = -(-piece.stop // exact.KEYS) * exact.KEYS // size
+        used = -(-piece.stop // size)
+        return torch.tensor([*piece.pages[:used], *[0] * (count - used)])
+
+    def extend(self, layer: int, k_TGK: Tensor, v_TGK: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = self.pages.keys[layer], self.pages.values[layer]
+        keys[self.page, :, self.offset] = k_TGK[: self.count].to(keys.dtype)
+        values[self.page, :, self.offset] = v_TGK[: self.count].to(values.dtype)
+        return keys, values
+
+    def attend(self, q_THK: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """oracle: attend_dense"""
+        out, at = torch.zeros_like(q_THK), 0
+        for piece, table, mask in zip(self.pieces, self.tables, self.masks, strict=True):
+            k_GMK, v_GMK = (x[table].transpose(0, 1).flatten(1, 2) for x in (keys, values))
+            stop = at + piece.stop - piece.start
+            out[at:stop] = exact.look(q_THK[at:stop].to(keys.dtype), k_GMK, v_GMK, mask)
+            at = stop
+        return out
+
+
+def attention(batch: Batch, cache: Any) -> Attend:
+    """Over pages, or as the rules have it."""
+    return cache.attend if isinstance(cache, View) else exact.attention(batch, cache)
+
+
+def mask_of(piece: Piece) -> Tensor:
+    """A query reads all keys up to the end of its own span: what is kept is clean."""
+    ends = torch.tensor(span_stops(piece.builder.spans, piece.start, piece.stop))
+    return torch.arange(piece.stop) < ends[:, None]
+
+
+def span_stops(spans: list[int], start: int, stop: int) -> list[int]:
+    """For each token in [start, stop) the end of its span, or `stop` if that comes first."""
+    found, end = [0] * (stop - start), stop
+    for at in range(stop - 1, start - 1, -1):
+        if at + 1 < stop and spans[at] != spans[at + 1]:
+            end = at + 1
+        found[at - start] = end
+    return found
+
+
+def together(pieces: Sequence[Piece]) -> Batch:
+    """The pieces end to end, each a document, and padding that makes rows a multiple of what the rule wants."""
+    tokens: list[int] = []
+    positions: list[tuple[int, int, int]] = []
+    spans: list[int] = []
+    docs: list[int] = []
+    starts = [0]
+    vectors: dict[Any, list[Vectors]] = {}
+    for number, piece in enumerate(pieces):
+        b, at = piece.builder, len(tokens)
+        for modality, v in b.vectors_in(piece.start, piece.stop).items():
+            blocks = vectors.setdefault(modality, [])
+            blocks.append(v.shifted(at - piece.start, sum(block.num_pictures for block in blocks)))
+        tokens += b.tokens[piece.start : piece.stop]
+        positions += b.positions[piece.start : piece.stop]
+        spans += b.spans[piece.start : piece.stop]
+        docs += [number] * (piece.stop - piece.start)
+        starts.append(len(tokens))
+    missing = -len(tokens) % exact.ROWS
+    if missing:
+        tokens += [0] * missing
+        positions += [(0, 0, 0)] * missing
+        spans += range(missing)
+        docs += [len(pieces)] * missing
+        starts.append(len(tokens))
+    length = len(tokens)
+    return Batch(
+        tokens=torch.tensor(tokens),
+        labels=torch.full((length,), IGNORE),
+        weights=torch.zeros(length),
+        positions=torch.tensor(positions),
+        spans=torch.tensor(spans),
+        readable=torch.ones(length, dtype=torch.bool),
+        vectors={m: Vectors.join(blocks) for m, blocks in sorted(vectors.items())},
+        docs=torch.tensor(docs),
+        cu_seqlens=torch.tensor(starts),
+    )
