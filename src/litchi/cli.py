@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import sys
 import tempfile
@@ -14,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from litchi.schema.episode import Episode
     from litchi.schema.processor import Processor
     from litchi.schema.sample import Sample
+    from litchi.serve.engine import Engine
     from litchi.serve.run import ServeConfig
     from litchi.train.run import TrainConfig
 
@@ -155,10 +158,11 @@ def serve(args: argparse.Namespace) -> int:
     from litchi.serve.run import run as serve_run
 
     checkpoint = find_checkpoint(args.checkpoint)
-    config, sampler = serve_config(checkpoint, args.settings), load_sampler(checkpoint)
-    if not sampler.processor.draws:
-        config = replace(config, abilities=("see",) if sampler.processor.sees else (), side=0)
-    serve_run(config, sampler, lambda env, seed: Room(env))
+    config = serve_config(checkpoint, args.settings)
+    engine = load_engine(checkpoint, config)
+    if not engine.processor.draws:
+        config = replace(config, abilities=("see",) if engine.processor.sees else (), side=0)
+    serve_run(config, engine, lambda env, seed: Room(env))
     return 0
 
 
@@ -332,6 +336,16 @@ def load_sampler(checkpoint: str | Path) -> Generator:
     return Generator(loaded.model, loaded.processor)
 
 
+def load_engine(checkpoint: Path, config: ServeConfig) -> Engine:
+    """A checkpoint as an engine, which is started with the server."""
+    from litchi.model.weights import load
+    from litchi.serve.engine import Engine
+
+    loaded = load(checkpoint)
+    weights = sha256(json.dumps(loaded.meta["files"], sort_keys=True).encode()).hexdigest()
+    return Engine(loaded.model, loaded.processor, config.engine, weights=weights)
+
+
 def find_checkpoint(name: str | Path) -> Path:
     """Raises BadInput naming the shipped ones if there is nothing at `name`."""
     for path in (Path(name), SHIPPED / str(name)):
@@ -400,7 +414,7 @@ def listening(run: Run, checkpoint: Path) -> Iterator[str]:
     from litchi.envs.minigrid import Room
     from litchi.serve.run import background
 
-    with background(run.serve, load_sampler(checkpoint), lambda env, seed: Room(env)) as address:
+    with background(run.serve, load_engine(checkpoint, run.serve), lambda env, seed: Room(env)) as address:
         yield address
 
 

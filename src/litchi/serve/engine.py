@@ -6,12 +6,11 @@ pages run out, the youngest document gives its own back and is read again later.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -27,11 +26,10 @@ from litchi.schema.request import Completion, Delta, Request
 from litchi.serve.pages import OutOfPages, Pages
 from litchi.serve.prefix import page_keys
 from litchi.serve.runner import Piece, Runner
+from litchi.serve.solo import Piece as Told
+from litchi.serve.solo import Put
 
 log = logging.getLogger("litchi.serve")
-
-Put = Callable[[Delta | BaseException | None], None]
-"""Takes each piece of an answer, and in the end None, or the error that ended it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +61,8 @@ class Track:
     pages: list[int] = field(default_factory=list)
     count: int = 0
     """Tokens of the document that lie in pages and stay."""
+    deltas: list[Delta] | None = None
+    """What was said, where the whole answer is wanted at once."""
     cancelled: bool = False
     cached: int = 0
     """Tokens that were found already read, at the beginning."""
@@ -109,11 +109,19 @@ class Engine:
 
     # ---- from any thread ----
 
-    def submit(self, request: Request, put: Put) -> Track:
-        """Take a request in. Raises BadInput for one that cannot be read."""
+    @property
+    def max_running(self) -> int:
+        return self.config.max_running
+
+    @property
+    def alive(self) -> bool:
+        return self.thread.is_alive()
+
+    def submit(self, request: Request, put: Put, *, stream: bool = True) -> Track:
+        """Take a request in; `put` is told each delta, or the whole answer. Raises BadInput if it cannot be read."""
         program = Program(self.model, self.processor, request)
         self.check(len(program.builder.tokens))
-        track = Track(program, program.steps(), put)
+        track = Track(program, program.steps(), put, deltas=None if stream else [])
         with self.changed:
             if self.closing:
                 raise BadInput("the engine is closing: ask again later")
@@ -132,20 +140,21 @@ class Engine:
         """Tokens that one document may have."""
         return (len(self.pages.readers) - 1) * self.pages.size
 
-    def cancel(self, track: Track) -> None:
+    def cancel(self, ticket: Track) -> None:
         """Stop answering; the end is still told."""
         with self.changed:
-            track.cancelled = True
+            ticket.cancelled = True
             self.changed.notify_all()
 
     def stream(self, request: Request) -> Iterator[Delta]:
         """The pieces of one answer, while the engine's thread runs."""
-        pieces: queue.SimpleQueue[Delta | BaseException | None] = queue.SimpleQueue()
+        pieces: queue.SimpleQueue[Told | BaseException | None] = queue.SimpleQueue()
         track = self.submit(request, pieces.put)
         try:
             while (piece := pieces.get()) is not None:
                 if isinstance(piece, BaseException):
                     raise piece
+                assert isinstance(piece, Delta)
                 yield piece
         finally:
             self.cancel(track)
@@ -324,13 +333,18 @@ class Engine:
                 step = track.steps.send(answer)
                 answer = None
                 if isinstance(step, Delta):
-                    track.put(step)
+                    if track.deltas is None:
+                        track.put(step)
+                    else:
+                        track.deltas.append(step)
                     continue
                 track.wish = step
                 if track.count < len(step.builder.tokens):
                     self.fits(track)
                     return
         except StopIteration:
+            if track.deltas is not None:
+                track.put(whole(track.deltas))
             self.leave(track, None)
         except Exception as error:
             self.leave(track, error)
@@ -351,27 +365,3 @@ class Engine:
         self.give_back(track)
         track.steps.close()
         track.put(error)
-
-
-def drain(engine: Engine, requests: Sequence[Request]) -> list[Completion]:
-    """Answers of an engine whose thread does not run, all at once."""
-    pieces: list[list[Delta]] = [[] for _ in requests]
-    errors: list[BaseException] = []
-
-    def taker(index: int) -> Put:
-        def take(piece: Delta | BaseException | None) -> None:
-            if isinstance(piece, Delta):
-                pieces[index].append(piece)
-            elif piece is not None:
-                errors.append(piece)
-
-        return take
-
-    for index, request in enumerate(requests):
-        engine.submit(request, taker(index))
-    for _ in itertools.count():
-        if not engine.step():
-            break
-    if errors:
-        raise errors[0]
-    return [whole(deltas) for deltas in pieces]

@@ -18,9 +18,11 @@ from dataclasses import dataclass
 from litchi.config import BadInput
 from litchi.record import need
 from litchi.schema.protocol import Sampler
+from litchi.serve.engine import Engine, EngineConfig
 from litchi.serve.guard import LOOPBACK
 from litchi.serve.limits import Limits
 from litchi.serve.sessions import MakeRoom
+from litchi.serve.solo import Solo
 from litchi.serve.worker import Worker
 
 
@@ -44,8 +46,9 @@ class ServeConfig:
     """Height and width of the model's pictures in pixels; 0 leaves pictures as they come."""
     envs: tuple[str, ...] = ("BabyAI-GoToLocal-v0", "BabyAI-GoToObj-v0", "BabyAI-GoToRedBall-v0", "BabyAI-PickupLoc-v0")
     """Rooms that a visitor may ask for; the first is the default."""
-    max_queue: int = 16
-    """Requests that wait while one is answered; the next gets 429."""
+    engine: EngineConfig = EngineConfig()
+    max_queue: int = 64
+    """Requests that wait while others are answered; the next gets 429."""
     max_worlds: int = 32
     max_world_steps: int = 512
     context_frames: int = 1
@@ -127,7 +130,8 @@ def uvicorn_config(config: ServeConfig, sampler: Sampler, make_room: MakeRoom): 
     need("serve", "fastapi")
     from litchi.serve.http import create_app  # after need, which names the missing extra
 
-    app = create_app(config, Worker(sampler, config.max_queue), make_room)
+    answerer = sampler if isinstance(sampler, Engine) else Solo(sampler)
+    app = create_app(config, Worker(answerer, config.max_queue), make_room)
     # A message of a world session is held whole in memory, as a body is: the same limit.
     return uvicorn.Config(
         app,

@@ -1,35 +1,53 @@
-"""One thread answers requests in order of arrival; the queue before it is bounded, and a lost client frees its place.
+"""What stands between the door and who answers: a bounded number of requests, and pieces of answers for each client.
 
-The reference decoder computes on one processor: two requests at once would each take twice as long. A request that
-finds the queue full is refused at once with the time after which to try again, which a client can act on; one that
-waits a minute cannot.
+A request that finds too many before it is refused at once with the time after which to try again, which a client can
+act on; one that waits a minute cannot. A lost client frees its place.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from math import ceil
+from typing import Any, Protocol
 
-from litchi.schema.protocol import Sampler
 from litchi.schema.request import Completion, Delta, Request
-
-log = logging.getLogger("litchi.serve")
-
-Piece = Delta | Completion
+from litchi.serve.solo import Piece, Put
 
 
 class Busy(Exception):
-    """The queue is full. `retry_after` is in whole seconds."""
+    """Too many wait. `retry_after` is in whole seconds."""
 
     def __init__(self, retry_after: int):
         super().__init__(f"the queue is full; try again in {retry_after} s")
         self.retry_after = retry_after
+
+
+class Answerer(Protocol):
+    """Who answers: the engine, or `Solo`."""
+
+    @property
+    def max_running(self) -> int:
+        """Requests that are answered at once."""
+        ...
+
+    def start(self) -> Any: ...
+
+    def close(self) -> None: ...
+
+    @property
+    def alive(self) -> bool: ...
+
+    def submit(self, request: Request, put: Put, *, stream: bool) -> Any:
+        """Take a request in; `put` is told every piece, in any thread, and in the end None or what went wrong."""
+        ...
+
+    def cancel(self, ticket: Any) -> None:
+        """Answer no further; harmless at the end."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +59,15 @@ class Load:
 
 
 class Job:
-    """Requests that are answered one after another; iterate for (index of the request, piece of its answer)."""
+    """Requests of one client; iterate for (index of the request, piece of its answer), in any order of requests."""
 
     def __init__(self, requests: Sequence[Request], stream: bool, worker: Worker):
         self.requests, self.stream, self.cancelled = tuple(requests), stream, threading.Event()
         self._worker, self._loop = worker, asyncio.get_running_loop()
         self._pieces: asyncio.Queue[tuple[int, Piece] | BaseException | None] = asyncio.Queue()
+        self._left, self._began = len(requests), time.monotonic()
+        self._lock = threading.Lock()
+        self.tickets: list[Any] = []
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Piece]]:
         while (piece := await self._pieces.get()) is not None:
@@ -56,51 +77,82 @@ class Job:
 
     def cancel(self) -> None:
         """Leave the queue, or stop after the piece being made. Harmless when the job is done."""
-        self.cancelled.set()
-        self._worker.forget(self)
+        self.stop()
         self._pieces.put_nowait(None)
 
+    def stop(self) -> None:
+        """Ask for no more; called in any thread."""
+        self.cancelled.set()
+        for ticket in self.tickets:
+            self._worker.answerer.cancel(ticket)
+
+    def take(self, index: int, piece: Piece | BaseException | None) -> None:
+        """What one request is told, in the thread of who answers."""
+        if isinstance(piece, Delta | Completion):
+            self.put((index, piece))
+            return
+        with self._lock:
+            self._left -= 1
+            last = self._left == 0
+        if isinstance(piece, BaseException):
+            self.put(piece)
+            self.stop()
+        if last:
+            self.put(None)
+        self._worker.ended(self if last else None)
+
     def put(self, piece: tuple[int, Piece] | BaseException | None) -> None:
-        """Called in the worker's thread."""
         try:
             self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
         except RuntimeError:  # the loop is closed: the server is going down and nobody listens
             self.cancelled.set()
 
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._began
+
 
 class Worker:
-    """The thread and its queue: at most one job runs, at most `max_queue` wait."""
+    """Lets at most as many requests in as can be answered at once, and `max_queue` more."""
 
-    def __init__(self, sampler: Sampler, max_queue: int):
-        self._sampler, self._max = sampler, max_queue
-        self._waiting: deque[Job] = deque()
-        self._running: Job | None = None
+    def __init__(self, answerer: Answerer, max_queue: int):
+        self.answerer, self._max = answerer, max_queue
+        self._open: set[Job] = set()
+        self._lock = threading.Lock()
+        self._inside = self._answered = 0
+        self._seconds = 1.0
         self._closing = False
-        self._changed = threading.Condition()
-        self._seconds, self._answered = 1.0, 0
-        self._thread = threading.Thread(target=self._work, name="litchi-worker", daemon=True)
 
     def start(self) -> None:
-        self._thread.start()
+        self.answerer.start()
 
     def close(self) -> None:
-        """Cancel everything and wait for the thread, at most until its sampler makes the next piece."""
-        with self._changed:
+        """Cancel everything, and wait until who answers has stopped."""
+        with self._lock:
             self._closing = True
-            for job in (*self._waiting, *([self._running] if self._running else [])):
-                job.cancelled.set()
-            self._changed.notify_all()
-        self._thread.join(timeout=10)
+            jobs = list(self._open)
+        for job in jobs:
+            job.stop()
+        self.answerer.close()
 
     def submit(self, requests: Sequence[Request], *, stream: bool = False) -> Job:
         """Queue requests as one job, answered in deltas (`stream`) or one completion each. Raises Busy."""
-        with self._changed:
-            # The running one counts too: a job that the thread has not yet picked up does not fill the queue.
-            if len(self._waiting) + (self._running is not None) > self._max:
-                raise Busy(max(1, ceil(self._seconds * (len(self._waiting) + 1))))
+        with self._lock:
+            most = self.answerer.max_running
+            if self._inside >= most + self._max or self._closing:
+                raise Busy(max(1, ceil(self._seconds * (self._inside - most + 1) / most)))
+            self._inside += len(requests)
             job = Job(requests, stream, self)
-            self._waiting.append(job)
-            self._changed.notify()
+            self._open.add(job)
+        for index, request in enumerate(job.requests):
+            try:
+                job.tickets.append(
+                    self.answerer.submit(request, lambda piece, index=index: job.take(index, piece), stream=stream)
+                )
+            except BaseException as error:
+                for rest in range(index, len(job.requests)):
+                    job.take(rest, error if rest == index else None)
+                break
         return job
 
     async def complete(self, request: Request) -> Completion:
@@ -114,58 +166,20 @@ class Worker:
             job.cancel()
         raise asyncio.CancelledError("the server is closing")
 
-    def forget(self, job: Job) -> None:
-        with self._changed:
-            if job in self._waiting:
-                self._waiting.remove(job)
+    def ended(self, job: Job | None) -> None:
+        """A request has ended, and with the last of them its job."""
+        with self._lock:
+            self._inside -= 1
+            if job is not None:
+                self._open.discard(job)
+                self._answered += 1
+                self._seconds += 0.2 * (job.seconds - self._seconds)
 
     def load(self) -> Load:
-        with self._changed:
-            return Load(int(self._running is not None), len(self._waiting), self._max, self._answered)
+        with self._lock:
+            running = min(self._inside, self.answerer.max_running)
+            return Load(running, self._inside - running, self._max, self._answered)
 
     @property
     def alive(self) -> bool:
-        return self._thread.is_alive()
-
-    def _work(self) -> None:
-        while (job := self._next()) is not None:
-            began = time.monotonic()
-            try:
-                self._answer(job)
-                job.put(None)
-            except Exception as error:
-                job.put(error)
-            finally:
-                with self._changed:
-                    self._running = None
-                    self._answered += 1
-                    self._seconds += 0.2 * (time.monotonic() - began - self._seconds)
-
-    def _next(self) -> Job | None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._closing)
-            if self._closing:
-                for job in self._waiting:
-                    job.put(None)
-                return None
-            self._running = self._waiting.popleft()
-            return self._running
-
-    def _answer(self, job: Job) -> None:
-        for index, request in enumerate(job.requests):
-            if job.cancelled.is_set():
-                return
-            if not job.stream:
-                job.put((index, self._sampler.complete(request)))
-                continue
-            deltas = iter(self._sampler.stream(request))
-            try:
-                for delta in deltas:
-                    if job.cancelled.is_set():
-                        log.info("the client left; request stopped")
-                        return
-                    job.put((index, delta))
-            finally:
-                # A generator that is dropped half way must free its caches now, not when it is collected.
-                if close := getattr(deltas, "close", None):
-                    close()
+        return self.answerer.alive
