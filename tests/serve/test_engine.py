@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -113,7 +114,7 @@ def play(engine: Engine, requests: Sequence[Request], rng: random.Random) -> lis
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_schedule_changes_an_answer(kind: str, dtype: str) -> None:
+def test_no_schedule_changes_an_answer(kind: str, dtype: Literal["float32", "bfloat16"]) -> None:
     """Every answer equals, to the last bit of every log-probability, that of the oracle, which reads each time alone
     and everything again; and no page is lost."""
     p, net = network(kind)

@@ -120,10 +120,10 @@ def fill_up(x_GMK: Tensor) -> Tensor:
     return F.pad(x_GMK, (0, 0, 0, -x_GMK.shape[1] % KEYS))
 
 
-def look(q_nHK: Tensor, k_GMK: Tensor, v_GMK: Tensor, mask_nM: Tensor) -> Tensor:
+def look(q_nHK: Tensor, k_GMK: Tensor, v_GMK: Tensor, mask_nM: Tensor, multiple: int = QUERIES) -> Tensor:
     """What queries find among keys that are as many as the rule wants; those beyond the mask's are never seen."""
     n = len(q_nHK)
-    missing = -n % QUERIES
+    missing = -n % multiple
     mask = F.pad(mask_nM, (0, k_GMK.shape[1] - mask_nM.shape[1], 0, missing))
     if missing:
         q_nHK = F.pad(q_nHK, (0, 0, 0, 0, 0, missing))

@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from litchi.model.program import Program, Read, Steps
 from litchi.schema.processor import Processor
 from litchi.schema.request import Completion, Delta, Request
 from litchi.serve.pages import OutOfPages, Pages
-from litchi.serve.prefix import page_keys
+from litchi.serve.prefix import PageKeys
 from litchi.serve.runner import Piece, Runner
 from litchi.serve.solo import Piece as Told
 from litchi.serve.solo import Put
@@ -46,8 +47,10 @@ class EngineConfig:
     """Tokens whose keys and values have a place."""
     remember: bool = True
     """Whether what was read is kept for documents that begin alike."""
-    dtype: str = "float32"
-    """What matrices are multiplied in: float32 or bfloat16."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What matrices are multiplied in."""
+    exact: bool = True
+    """Whether an answer may not depend on what is answered beside it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -57,6 +60,7 @@ class Track:
     program: Program
     steps: Steps
     put: Put
+    keys: PageKeys
     wish: Read | None = None
     pages: list[int] = field(default_factory=list)
     count: int = 0
@@ -99,7 +103,7 @@ class Engine:
             raise BadInput(f"serve.engine.page={self.config.page} must divide {exact.KEYS}: set 64")
         dtype = getattr(torch, self.config.dtype)
         self.pages = Pages(model.config, self.config.cache_tokens // self.config.page + 1, self.config.page, dtype)
-        self.runner = Runner(model, self.pages, dtype)
+        self.runner = Runner(model, self.pages, dtype, steady=self.config.exact)
         self.running: list[Track] = []
         self.waiting: deque[Track] = deque()
         self.changed = threading.Condition()
@@ -121,7 +125,8 @@ class Engine:
         """Take a request in; `put` is told each delta, or the whole answer. Raises BadInput if it cannot be read."""
         program = Program(self.model, self.processor, request)
         self.check(len(program.builder.tokens))
-        track = Track(program, program.steps(), put, deltas=None if stream else [])
+        keys = PageKeys(self.pages.size, self.weights)
+        track = Track(program, program.steps(), put, keys, deltas=None if stream else [])
         with self.changed:
             if self.closing:
                 raise BadInput("the engine is closing: ask again later")
@@ -253,8 +258,7 @@ class Engine:
             return
         assert track.wish is not None
         length = min(track.clean, len(track.wish.builder.tokens) - 1)
-        keys = list(page_keys(track.wish.builder, length, self.pages.size, self.weights))
-        track.pages = self.pages.find(keys)
+        track.pages = self.pages.find(track.keys.upto(track.wish.builder, length, track.clean))
         track.count = track.cached = len(track.pages) * self.pages.size
         self.tokens_cached += track.count
 
@@ -320,8 +324,7 @@ class Engine:
         self.tokens_read += piece.stop - piece.start
         before, track.count = track.count, min(piece.stop, track.clean)
         if self.config.remember and track.count // self.pages.size > before // self.pages.size:
-            keys = page_keys(wish.builder, track.count, self.pages.size, self.weights)
-            for page, key in zip(track.pages, keys, strict=False):
+            for page, key in zip(track.pages, track.keys.upto(wish.builder, track.count, track.clean), strict=False):
                 self.pages.remember(page, key)
         if piece.stop == len(wish.builder.tokens):
             self.advance(track, answer)

@@ -10,24 +10,35 @@ from litchi.schema.processor import Builder
 from litchi.schema.sequence import Modality, Vectors
 
 
-def page_keys(builder: Builder, length: int, size: int, weights: str) -> Iterator[bytes]:
-    """The key of each whole page within the first `length` tokens.
+class PageKeys:
+    """The keys of the whole pages of one document, which grows."""
 
-    A page that ends within a span depends on the rest of it, since tokens of a span read each other.
-    """
-    shown = dict(pictures(builder))
-    digest = blake2b(weights.encode(), digest_size=24)
-    at = 0
-    for end in range(size, length + 1, size):
-        stop = end
-        while stop < length and builder.spans[stop] == builder.spans[end - 1]:
-            stop += 1
-        for index in range(at, stop):
-            first = index and builder.spans[index] == builder.spans[index - 1]
-            digest.update(struct.pack("<q3q?", builder.tokens[index], *builder.positions[index], bool(first)))
-            digest.update(shown.get(index, b""))
-        at = max(at, stop)
-        yield digest.digest()
+    def __init__(self, size: int, weights: str) -> None:
+        """`size` tokens lie in a page; `weights` tells what read them."""
+        self.size = size
+        self.found: list[bytes] = []
+        self.digest = blake2b(weights.encode(), digest_size=24)
+        self.count = 0
+        """Tokens that the digest knows."""
+
+    def upto(self, builder: Builder, length: int, whole: int) -> list[bytes]:
+        """Of the pages within the first `length` tokens. The document is complete, and stays as it is, up to `whole`.
+
+        A page that ends within a span depends on the rest of it, since tokens of a span read each other.
+        """
+        first = (len(self.found) + 1) * self.size
+        shown = dict(pictures(builder)) if first <= length else {}
+        for end in range(first, length + 1, self.size):
+            stop, spans = end, builder.spans
+            while stop < whole and spans[stop] == spans[end - 1]:
+                stop += 1
+            for index in range(self.count, stop):
+                follows = index > 0 and spans[index] == spans[index - 1]
+                self.digest.update(struct.pack("<q3q?", builder.tokens[index], *builder.positions[index], follows))
+                self.digest.update(shown.get(index, b""))
+            self.count = max(self.count, stop)
+            self.found.append(self.digest.digest())
+        return self.found[: length // self.size]
 
 
 def pictures(builder: Builder) -> Iterator[tuple[int, bytes]]:

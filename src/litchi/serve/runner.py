@@ -34,19 +34,21 @@ class Piece:
 
 
 class Runner:
-    """The network by PyTorch, under the rules that make it exact."""
+    """The network by PyTorch, under the rules that make it exact or without them."""
 
-    def __init__(self, model: Model, pages: Pages, dtype: torch.dtype) -> None:
+    def __init__(self, model: Model, pages: Pages, dtype: torch.dtype, *, steady: bool = True) -> None:
         """`dtype` is what matrices are multiplied in."""
-        self.model, self.pages, self.dtype = exact.apply(model.eval()), pages, dtype
+        self.model, self.pages, self.dtype, self.steady = model.eval(), pages, dtype, steady
+        if steady:
+            exact.apply(model)
         model.attention = attention
 
     @torch.no_grad()
     def run(self, pieces: Sequence[Piece]) -> list[Tensor | None]:
         """What each piece wants: hidden states (rows, D), scores (V,), or nothing."""
-        batch = together(pieces)
+        batch = together(pieces, exact.ROWS if self.steady else 1)
         with torch.autocast(self.pages.keys.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            x_TD = self.model(batch, View(self.pages, pieces, len(batch)))
+            x_TD = self.model(batch, View(self.pages, pieces, steady=self.steady))
             ends = batch.cu_seqlens.tolist()[1:]
             last = [end - 1 for end, piece in zip(ends, pieces, strict=False) if piece.scores]
             scores = iter(self.model.logits(x_TD[last]).float() if last else ())
@@ -59,8 +61,9 @@ class Runner:
 class View:
     """What the layers take for a cache: keys go to the pages of their documents, and queries find them there."""
 
-    def __init__(self, pages: Pages, pieces: Sequence[Piece], length: int) -> None:
+    def __init__(self, pages: Pages, pieces: Sequence[Piece], *, steady: bool) -> None:
         self.pages, self.pieces = pages, pieces
+        self.keys, self.queries = (exact.KEYS, exact.QUERIES) if steady else (pages.size, 1)
         size, places = pages.size, []
         for piece in pieces:
             places += [(piece.pages[at // size], at % size) for at in range(piece.start, piece.stop)]
@@ -68,12 +71,11 @@ class View:
         self.page, self.offset = torch.tensor(places).unbind(1)
         self.tables = [self.table(piece) for piece in pieces]
         self.masks = [mask_of(piece) for piece in pieces]
-        self.length = length
 
     def table(self, piece: Piece) -> Tensor:
         """Pages of all keys, and the page of zeros until there are as many as the rule wants."""
         size = self.pages.size
-        count = -(-piece.stop // exact.KEYS) * exact.KEYS // size
+        count = -(-piece.stop // self.keys) * self.keys // size
         used = -(-piece.stop // size)
         return torch.tensor([*piece.pages[:used], *[0] * (count - used)])
 
@@ -89,7 +91,7 @@ class View:
         for piece, table, mask in zip(self.pieces, self.tables, self.masks, strict=True):
             k_GMK, v_GMK = (x[table].transpose(0, 1).flatten(1, 2) for x in (keys, values))
             stop = at + piece.stop - piece.start
-            out[at:stop] = exact.look(q_THK[at:stop].to(keys.dtype), k_GMK, v_GMK, mask)
+            out[at:stop] = exact.look(q_THK[at:stop].to(keys.dtype), k_GMK, v_GMK, mask, self.queries)
             at = stop
         return out
 
@@ -115,8 +117,8 @@ def span_stops(spans: list[int], start: int, stop: int) -> list[int]:
     return found
 
 
-def together(pieces: Sequence[Piece]) -> Batch:
-    """The pieces end to end, each a document, and padding that makes rows a multiple of what the rule wants."""
+def together(pieces: Sequence[Piece], multiple: int) -> Batch:
+    """The pieces end to end, each a document, and padding that makes tokens a multiple of what the rule wants."""
     tokens: list[int] = []
     positions: list[tuple[int, int, int]] = []
     spans: list[int] = []
@@ -133,7 +135,7 @@ def together(pieces: Sequence[Piece]) -> Batch:
         spans += b.spans[piece.start : piece.stop]
         docs += [number] * (piece.stop - piece.start)
         starts.append(len(tokens))
-    missing = -len(tokens) % exact.ROWS
+    missing = -len(tokens) % multiple
     if missing:
         tokens += [0] * missing
         positions += [(0, 0, 0)] * missing
