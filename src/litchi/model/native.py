@@ -18,13 +18,14 @@ T tokens, S sequences, D width, H query heads, G key-value heads, K head width, 
 from __future__ import annotations
 
 import ctypes
+import math
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_long, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from litchi.config import BadInput
@@ -102,6 +103,24 @@ def library(flags: tuple[str, ...] = ()) -> ctypes.CDLL:
     return lib
 
 
+class Arena:
+    """Memory in large pages, which is read half again as fast as in small ones."""
+
+    PAGE, CHUNK = 2**21, 2**26
+
+    def __init__(self, lib: ctypes.CDLL, chunk: int = CHUNK) -> None:
+        self.lib, self.chunk, self.left = lib, chunk, torch.empty(0, dtype=torch.uint8)
+
+    def take(self, size: int) -> UInt8[Tensor, "size"]:
+        """Bytes that begin at a cache line."""
+        if len(self.left) < size:
+            room = torch.empty(max(size, self.chunk) + self.PAGE, dtype=torch.uint8)
+            self.left = room[-room.data_ptr() % self.PAGE :]
+            self.lib.litchi_settle(self.left.data_ptr(), len(self.left))
+        taken, self.left = self.left[:size], self.left[size + -size % 64 :]
+        return taken
+
+
 class Trunk:
     """The layers and the language head of a model, packed. Not for two threads at once: it keeps its working memory."""
 
@@ -126,6 +145,7 @@ class Trunk:
         self.config, self.dtype, self.weights = c, dtype, weights
         self.threads = threads or torch.get_num_threads()
         self.lib = library(flags)
+        self.arena = Arena(self.lib)
         self.held: list[Tensor] = []
         """What the pointers below point to."""
         self.layers = (CLayer * c.num_layers)()
@@ -151,7 +171,9 @@ class Trunk:
             raise BadInput(f"a page has a multiple of {BLOCK} tokens, not {page}")
         c = self.config
         shape = (c.num_layers, num_pages, c.num_kv_heads, page, c.head_width)
-        return torch.empty(shape, dtype=self.dtype), torch.empty(shape, dtype=self.dtype)
+        size = math.prod(shape) * self.dtype.itemsize
+        keys, values = (Arena(self.lib, size).take(size).view(self.dtype).view(shape) for _ in range(2))
+        return keys, values
 
     def run(
         self,
@@ -223,10 +245,8 @@ class Trunk:
 
     def matrix(self, weight: Tensor, bias: Tensor | None, form: Format) -> CMatrix:
         outputs, inner = weight.shape
-        packed = pack(weight.detach().float(), form)
-        room = torch.empty(packed.numel() * packed.element_size(), dtype=torch.uint8)
-        self.lib.litchi_settle(room.data_ptr(), len(room))
-        room.copy_(packed.flatten().view(torch.uint8))
+        packed = pack(weight.detach().float(), form).flatten().view(torch.uint8)
+        room = self.arena.take(len(packed)).copy_(packed)
         self.held.append(room)
         return CMatrix(room.data_ptr(), None if bias is None else self.hold(bias), KINDS[form], inner, outputs, 0)
 

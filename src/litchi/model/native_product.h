@@ -46,6 +46,12 @@ INLINE v16 all(float x) { return v16{} + x; }
 INLINE u16x all_bits(word x) { return u16x{} + x; }
 INLINE v16 nearest(v16 x) { return (x + 12582912.f) - 12582912.f; }  // to an integer, ties to even
 
+INLINE void fetch(const void* at, long bytes) {  // into the cache, before it is asked for
+#ifndef NOFETCH
+  for (long i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(at) + i);
+#endif
+}
+
 INLINE v16 fma(v16 a, v16 b, v16 c) {
 #if defined(__AVX512F__) && !defined(LITCHI_PLAIN)
   return (v16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -88,9 +94,15 @@ INLINE v16 from_half(const uint16_t* p) {
 #endif
 }
 
-INLINE u16x to_bf16(v16 x) {  // in the low halves, ties to even; what is no number stays none
+typedef uint16_t h16 __attribute__((vector_size(32), aligned(2), may_alias));
+
+INLINE h16 to_bf16(v16 x) {  // ties to even; what is no number stays none
+#if defined(__AVX512BF16__) && !defined(LITCHI_PLAIN)
+  return (h16)_mm512_cvtneps_pbh((__m512)x);
+#else
   u16x u = (u16x)x, rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  return x == x ? rounded : all_bits(0x7fc0u);
+  return __builtin_convertvector(x == x ? rounded : all_bits(0x7fc0u), h16);
+#endif
 }
 
 template <class Join>
@@ -137,11 +149,8 @@ struct Half {
   typedef uint16_t Value;
   static constexpr int per_word = 2;
   INLINE v16 dot(v16 sum, u16x w, word x) { return dot_pairs(sum, w, x); }
-  INLINE v16 round(v16 x) { return (v16)(to_bf16(x) << 16); }
-  INLINE void keep(Value* to, v16 x) {
-    typedef uint16_t h16 __attribute__((vector_size(32), aligned(2), may_alias));
-    *reinterpret_cast<h16*>(to) = __builtin_convertvector(to_bf16(x), h16);
-  }
+  INLINE v16 round(v16 x) { return (v16)(__builtin_convertvector(to_bf16(x), u16x) << 16); }
+  INLINE void keep(Value* to, v16 x) { *reinterpret_cast<h16*>(to) = to_bf16(x); }
 };
 
 // out (R, 32) += R rows times one panel of weights, [inner word][32 outputs]. An odd last value of a pair is masked, so
