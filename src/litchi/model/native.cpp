@@ -1,0 +1,408 @@
+// The trunk of the network on a CPU: what a token gets is a function of its own row, place and readable keys alone.
+//
+// Exact by construction. Products sum in one order (native_product.h). Attention takes keys in chunks that begin at
+// absolute multiples of CHUNK and folds them in order; a row reads its own keys and no other. Hence neither
+// neighbours, nor how a prompt is cut, nor pages, nor threads can change a bit.
+//
+// T tokens, D width, H query heads, G key-value heads, K head width, F MLP width, V vocabulary.
+
+#include "native_product.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace {
+
+constexpr int CHUNK = 128;          // keys whose softmax is taken together
+constexpr int MAX_HEAD_WIDTH = 256;
+constexpr int PART = 2 * ROWS + 8;  // floats of a part before its rows: maxima, sums
+
+// ---- what Python hands over; the structures of native.py mirror these ----
+
+struct Layer {
+  Matrix qkv, out, gate_up, down;
+  const float *norm, *late_norm, *q_norm, *k_norm;
+};
+
+struct Network {
+  int32_t width, layers, heads, kv_heads, head_width, mlp_width, kv_kind;
+  float epsilon;
+  const Layer* layer;
+  const float* norm;
+  Matrix head;
+};
+
+struct Call {
+  int32_t tokens, sequences, max_pages, num_pages, page, threads;
+  const float *x, *cos, *sin;
+  float* hidden;
+  void *keys, *values;
+  const int32_t *sequence, *slot, *end, *tables;
+  char* room;
+};
+
+// ---- attention ----
+
+// Keys and values of one layer, in blocks of 32 tokens laid out as panels: keys [word of K][32 tokens], values
+// [32 dims][word of tokens][32 of K], so that scores and sums of values are the tiles of a product.
+template <class E>
+struct Cache {
+  typedef typename E::Value Value;
+  Value *keys, *values;
+  const Network& n;
+  const Call& c;
+
+  Cache(const Network& n, const Call& c, int layer) : n(n), c(c) {
+    long size = (long)layer * c.num_pages * n.kv_heads * c.page * n.head_width;
+    keys = static_cast<Value*>(c.keys) + size, values = static_cast<Value*>(c.values) + size;
+  }
+
+  long block(int sequence, int kv, long index) const {
+    long first = index * BLOCK, page = c.tables[(long)sequence * c.max_pages + first / c.page];
+    return ((page * n.kv_heads + kv) * c.page + first % c.page) * n.head_width;
+  }
+
+  void write(Value* pages, int token, int kv, const float* x) const {
+    constexpr int P = E::per_word;
+    int slot = c.slot[token], j = slot % BLOCK;
+    Value* to = pages + block(c.sequence[token], kv, slot / BLOCK);
+    for (int i = 0; i < n.head_width; i += 16) {
+      Value v[16];
+      E::keep(v, load(x + i));
+      for (int k = 0; k < 16; ++k) {
+        int d = i + k;
+        long key = (d / P * BLOCK + j) * P + d % P;
+        long value = ((d / BLOCK * (BLOCK / P) + j / P) * BLOCK + d % BLOCK) * P + j % P;
+        to[pages == keys ? key : value] = v[k];
+      }
+    }
+  }
+};
+
+// Queries that read the same keys: some tokens of a sequence, times the heads that share a key-value head.
+struct Job {
+  int rows, sequence, kv, end[ROWS], token[ROWS], head[ROWS], most;
+};
+
+// What one chunk of keys gives to the rows of a job: maxima and sums of the softmax, and unscaled rows.
+struct Part {
+  float *top, *sum, *out;
+  explicit Part(float* at) : top(at), sum(at + ROWS), out(at + PART) {}
+  static long size(const Network& n) { return PART + (long)ROWS * n.head_width; }
+};
+
+int readable(const Job& job, int row, long chunk) {
+  return (int)std::clamp(job.end[row] - chunk * CHUNK, 0L, (long)CHUNK);
+}
+
+template <class E>
+void softmax(float* score, int count, float scale, typename E::Value* weight, float& top, float& sum) {
+  std::fill(score + count, score + CHUNK, -INFINITY);  // whatever lies there
+  v16 most = all(-INFINITY), total{};
+  for (int i = 0; i < CHUNK; i += 16) {
+    v16 s = load(score + i) * scale;
+    store(score + i, s);
+    most = s > most ? s : most;
+  }
+  top = max16(most);
+  for (int i = 0; i < CHUNK; i += 16) {
+    v16 p = E::round(exp16(load(score + i) - top));
+    E::keep(weight + i, p);
+    total += p;
+  }
+  sum = sum16(total);
+}
+
+template <class E>
+void look(const Cache<E>& cache, const Job& job, const word* query, long chunk, Part part) {
+  constexpr int P = E::per_word;
+  alignas(64) float score[ROWS * CHUNK];
+  alignas(64) word weight[ROWS * CHUNK / P];
+  int width = cache.n.head_width, most = 0, least = CHUNK;
+  long first = chunk * (CHUNK / BLOCK);
+  for (int r = 0; r < job.rows; ++r) {
+    int count = readable(job, r, chunk);
+    most = std::max(most, count), least = std::min(least, count);
+  }
+  for (int r = 0; r < job.rows; ++r) std::fill(score + r * CHUNK, score + r * CHUNK + (most + 31) / 32 * 32, 0.f);
+  long bytes = (long)BLOCK * width * sizeof(typename E::Value);
+  for (int b = 0; b * BLOCK < most; ++b) {
+    const word* keys = reinterpret_cast<const word*>(cache.keys + cache.block(job.sequence, job.kv, first + b));
+    if ((b + 1) * BLOCK < most) fetch(cache.keys + cache.block(job.sequence, job.kv, first + b + 1), bytes);
+    else fetch(cache.values + cache.block(job.sequence, job.kv, first), bytes);
+    TILES<E>[job.rows - 1](query, width / P, keys, width, score + b * BLOCK, CHUNK);
+  }
+  float scale = 1.f / std::sqrt((float)width);
+  for (int r = 0; r < job.rows; ++r)
+    if (int count = readable(job, r, chunk))
+      softmax<E>(score + r * CHUNK, count, scale, reinterpret_cast<typename E::Value*>(weight + r * CHUNK / P),
+                 part.top[r], part.sum[r]);
+  std::fill(part.out, part.out + job.rows * width, 0.f);
+  for (int b = 0; b * BLOCK < most; ++b) {
+    const word* values = reinterpret_cast<const word*>(cache.values + cache.block(job.sequence, job.kv, first + b));
+    if ((b + 1) * BLOCK < most) fetch(cache.values + cache.block(job.sequence, job.kv, first + b + 1), bytes);
+    else if ((first + b + 1) * BLOCK < job.most) fetch(cache.keys + cache.block(job.sequence, job.kv, first + b + 1), bytes);
+    for (int d = 0; d < width / BLOCK; ++d) {
+      const word *panel = values + d * BLOCK * BLOCK / P, *p = weight + b * BLOCK / P;
+      if ((b + 1) * BLOCK <= least) {
+        TILES<E>[job.rows - 1](p, CHUNK / P, panel, BLOCK, part.out + d * BLOCK, width);
+        continue;
+      }
+      for (int r = 0; r < job.rows; ++r) {
+        int count = std::clamp(readable(job, r, chunk) - b * BLOCK, 0, BLOCK);
+        tile<E, 1>(p + r * CHUNK / P, 0, panel, count, part.out + r * width + d * BLOCK, width);
+      }
+    }
+  }
+}
+
+void fold(const Job& job, long chunk, int width, Part all_before, Part part) {
+  for (int r = 0; r < job.rows; ++r) {
+    if (!readable(job, r, chunk)) continue;
+    float *to = all_before.out + r * width, *from = part.out + r * width;
+    if (chunk == 0) {
+      all_before.top[r] = part.top[r], all_before.sum[r] = part.sum[r];
+      std::copy(from, from + width, to);
+      continue;
+    }
+    float top = std::max(all_before.top[r], part.top[r]);
+    v16 a = exp16(all(all_before.top[r] - top)), b = exp16(all(part.top[r] - top));
+    all_before.top[r] = top, all_before.sum[r] = all_before.sum[r] * a[0] + part.sum[r] * b[0];
+    for (int i = 0; i < width; i += 16) store(to + i, fma(load(to + i), a, load(from + i) * b));
+  }
+}
+
+// ---- the forward ----
+
+struct Room {  // what a call needs beside its arguments
+  Rows normed, seen, inner;
+  float *qkv, *gates, *parts;
+  word* query;
+  int *first, *count, runs = 0;
+  long bytes;
+
+  Room(const Network& n, int tokens, int threads, long chunks, char* base) {
+    char* at = base;
+    long heads = n.heads + 2 * n.kv_heads;
+    normed = take_rows(at, n.layer->qkv.kind, n.width, tokens);
+    seen = take_rows(at, n.layer->out.kind, n.heads * n.head_width, tokens);
+    inner = take_rows(at, n.layer->down.kind, n.mlp_width, tokens);
+    qkv = take<float>(at, tokens * heads * n.head_width);
+    gates = take<float>(at, (long)threads * tokens * BLOCK);
+    query = take<word>(at, (long)tokens * n.heads * n.head_width);
+    parts = take<float>(at, (4 * threads * chunks + threads * 2) * Part::size(n));
+    first = take<int>(at, tokens), count = take<int>(at, tokens);
+    bytes = at - base;
+  }
+};
+
+struct Forward {
+  const Network& n;
+  const Call& c;
+  Room& room;
+  int shared, pieces, jobs;  // query heads of a key-value head, jobs of a run and key-value head, jobs of all
+  long chunks;
+
+  Forward(const Network& n, const Call& c, Room& room, long chunks) : n(n), c(c), room(room), chunks(chunks) {
+    shared = n.heads / n.kv_heads, pieces = (shared + ROWS - 1) / ROWS;
+    int longest = std::max(1, ROWS / shared);
+    for (int t = 0; t < c.tokens; ++t) {
+      bool same = t && c.sequence[t] == c.sequence[t - 1] && room.count[room.runs - 1] < longest;
+      if (!same) room.first[room.runs] = t, room.count[room.runs++] = 0;
+      ++room.count[room.runs - 1];
+    }
+    jobs = room.runs * n.kv_heads * pieces;
+  }
+
+  Job job(int index) const {
+    Job j{};
+    int run = index / pieces / n.kv_heads, begin = index % pieces * ROWS;
+    j.kv = index / pieces % n.kv_heads, j.rows = std::min(room.count[run] * shared - begin, ROWS);
+    j.sequence = c.sequence[room.first[run]];
+    for (int r = 0; r < j.rows; ++r) {
+      j.token[r] = room.first[run] + (begin + r) / shared, j.head[r] = j.kv * shared + (begin + r) % shared;
+      j.end[r] = c.end[j.token[r]], j.most = std::max(j.most, j.end[r]);
+    }
+    return j;
+  }
+
+  template <class E>
+  void queries(const Job& j, word* to) const {
+    long words = n.head_width / E::per_word;
+    for (int r = 0; r < j.rows; ++r)
+      std::memcpy(to + r * words, room.query + ((long)j.token[r] * n.heads + j.head[r]) * words, words * 4);
+  }
+
+  void finish(const Job& j, Part part) const {
+    for (int r = 0; r < j.rows; ++r) {
+      v16 size = all(1.f / part.sum[r]);
+      const float* out = part.out + r * n.head_width;
+      for (int i = 0; i < n.head_width; i += BLOCK)
+        room.seen.keep(j.token[r], (j.head[r] * n.head_width + i) / BLOCK, load(out + i) * size,
+                       load(out + i + 16) * size);
+    }
+  }
+
+  // Where jobs are few, threads share out their chunks; the parts and the order in which they are folded stay the same.
+  template <class E>
+  void attend(const Cache<E>& cache, const Thread& thread) const {
+    alignas(64) word query[ROWS * MAX_HEAD_WIDTH];
+    long size = Part::size(n), split = jobs < 4 * thread.team.size ? chunks : 1;
+    float* own = room.parts + (4 * thread.team.size * chunks + 2 * thread.index) * size;
+    for (int ticket; (ticket = thread.team.ticket.fetch_add(1)) < jobs * split;) {
+      Job j = job(jobs - 1 - (int)(ticket / split));
+      if (split > 1 && ticket % split * CHUNK >= j.most) continue;
+      queries<E>(j, query);
+      if (split > 1) {
+        look(cache, j, query, ticket % split, Part(room.parts + ticket * size));
+        continue;
+      }
+      for (long chunk = 0; chunk * CHUNK < j.most; ++chunk) {
+        look(cache, j, query, chunk, Part(own + size));
+        fold(j, chunk, n.head_width, Part(own), Part(own + size));
+      }
+      finish(j, Part(own));
+    }
+    if (split == 1) return;
+    thread.meet();
+    for (long index = thread.share(jobs).first; index < thread.share(jobs).last; ++index) {
+      Job j = job((int)(jobs - 1 - index));
+      for (long chunk = 0; chunk * CHUNK < j.most; ++chunk)
+        fold(j, chunk, n.head_width, Part(own), Part(room.parts + (index * split + chunk) * size));
+      finish(j, Part(own));
+    }
+  }
+
+  template <class E>
+  void place(const Cache<E>& cache, const Layer& layer, long token, int head) const {
+    int width = n.head_width, half = width / 2;
+    float* x = room.qkv + (token * (n.heads + 2 * n.kv_heads) + head) * width;
+    int kv = head - n.heads;
+    if (kv >= n.kv_heads) return cache.write(cache.values, (int)token, kv - n.kv_heads, x);
+    if (const float* weight = kv < 0 ? layer.q_norm : layer.k_norm) {
+      v16 size = all(inverse_root(x, width, n.epsilon));
+      for (int i = 0; i < width; i += 16) store(x + i, load(x + i) * size * load(weight + i));
+    }
+    for (int i = 0; i < half; i += 16) {
+      v16 a = load(x + i), b = load(x + half + i);
+      v16 cos = load(c.cos + token * half + i), sin = load(c.sin + token * half + i);
+      store(x + i, a * cos - b * sin), store(x + half + i, b * cos + a * sin);
+    }
+    if (kv >= 0) return cache.write(cache.keys, (int)token, kv, x);
+    auto* to = reinterpret_cast<typename E::Value*>(room.query) + (token * n.heads + head) * width;
+    for (int i = 0; i < width; i += 16) E::keep(to + i, load(x + i));
+  }
+
+  template <class E>
+  void run(const Thread& thread) const {
+    long T = c.tokens, D = n.width, heads = n.heads + 2 * n.kv_heads;
+    Range rows = thread.share(T);
+    std::copy(c.x + rows.first * D, c.x + rows.last * D, c.hidden + rows.first * D);
+    auto add = [&](long row, int panel, const float* o) {
+      float* to = c.hidden + row * D + panel * BLOCK;
+      store(to, load(to) + load(o)), store(to + 16, load(to + 16) + load(o + 16));
+    };
+    float* gates = room.gates + thread.index * T * BLOCK;
+    for (int l = 0; l < n.layers; ++l) {
+      const Layer& layer = n.layer[l];
+      Cache<E> cache(n, c, l);
+      for (long t = rows.first; t < rows.last; ++t) norm(c.hidden + t * D, layer.norm, D, n.epsilon, room.normed, t);
+      thread.meet();
+      product(layer.qkv, room.normed, T, thread.share(layer.qkv.outputs / BLOCK), [&](long row, int panel, float* o) {
+        std::copy(o, o + BLOCK, room.qkv + row * heads * n.head_width + panel * BLOCK);
+      });
+      thread.meet();
+      if (thread.index == 0) thread.team.ticket = 0;
+      Range placed = thread.share(T * heads);
+      for (long i = placed.first; i < placed.last; ++i) place(cache, layer, i / heads, (int)(i % heads));
+      thread.meet();
+      attend(cache, thread);
+      thread.meet();
+      product(layer.out, room.seen, T, thread.share(D / BLOCK), add);
+      thread.meet();
+      for (long t = rows.first; t < rows.last; ++t)
+        norm(c.hidden + t * D, layer.late_norm, D, n.epsilon, room.normed, t);
+      thread.meet();
+      Range pairs = thread.share(n.mlp_width / BLOCK);  // a panel of gates, then the same 32 of what they let through
+      product(layer.gate_up, room.normed, T, {2 * pairs.first, 2 * pairs.last}, [&](long row, int panel, float* o) {
+        float* gate = gates + row * BLOCK;
+        if (panel % 2 == 0) return (void)std::copy(o, o + BLOCK, gate);
+        v16 a = load(gate), b = load(gate + 16);
+        a = a / (1.f + exp16(-a)) * load(o), b = b / (1.f + exp16(-b)) * load(o + 16);
+        room.inner.keep(row, panel / 2, a, b);
+      });
+      thread.meet();
+      product(layer.down, room.inner, T, thread.share(D / BLOCK), add);
+      thread.meet();
+    }
+  }
+};
+
+long chunks_of(const Call& c) {
+  int most = *std::max_element(c.end, c.end + c.tokens);
+  return (most + CHUNK - 1) / CHUNK;
+}
+
+bool holds(const Call& c) {  // whether every index lies within what it indexes
+  for (int t = 0; t < c.tokens; ++t) {
+    if (c.sequence[t] < 0 || c.sequence[t] >= c.sequences || c.slot[t] < 0 || c.end[t] <= c.slot[t]) return false;
+    if (c.end[t] > (long)c.max_pages * c.page) return false;
+    const int32_t* table = c.tables + (long)c.sequence[t] * c.max_pages;
+    for (int p = 0; (long)p * c.page < c.end[t]; ++p)
+      if (table[p] < 0 || table[p] >= c.num_pages) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+extern "C" {
+
+long litchi_room(const Network* n, const Call* c) {
+  return Room(*n, c->tokens, c->threads, chunks_of(*c), nullptr).bytes;
+}
+
+// 0, or 1 if an index lies outside of what it indexes.
+int litchi_run(const Network* n, const Call* c) {
+  if (!holds(*c)) return 1;
+  long chunks = chunks_of(*c);
+  Room room(*n, c->tokens, c->threads, chunks, c->room);
+  Forward forward(*n, *c, room, chunks);
+  Team team{0};
+#pragma omp parallel num_threads(c->threads)
+  {
+#pragma omp single
+    team.size = omp_get_num_threads();
+    Thread thread{team, omp_get_thread_num()};
+    n->kv_kind == F32 ? forward.run<Single>(thread) : forward.run<Half>(thread);
+  }
+  return 0;
+}
+
+long litchi_head_room(const Network* n, int rows) { return Rows::bytes(n->width, rows); }
+
+void litchi_head(const Network* n, const float* x, int rows, float* logits, int threads, char* room) {
+  Rows normed = take_rows(room, n->head.kind, n->width, rows);
+  Team team{0};
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp single
+    team.size = omp_get_num_threads();
+    Thread thread{team, omp_get_thread_num()};
+    Range own = thread.share(rows);
+    for (long t = own.first; t < own.last; ++t) norm(x + t * n->width, n->norm, n->width, n->epsilon, normed, t);
+    thread.meet();
+    long V = n->head.outputs;
+    product(n->head, normed, rows, thread.share((V + BLOCK - 1) / BLOCK), [&](long row, int panel, float* o) {
+      std::copy(o, o + std::min(V - (long)panel * BLOCK, (long)BLOCK), logits + row * V + panel * BLOCK);
+    });
+  }
+}
+
+void litchi_settle(void* at, long bytes) {  // large pages for what is read whole for every token
+#if defined(__linux__)
+  madvise(at, bytes, MADV_HUGEPAGE);
+#endif
+}
+}

@@ -1,0 +1,74 @@
+"""How weights and pages lie in memory for the native path: panels of 32 outputs, in the order in which they are read.
+
+int8 and int4 are unsigned, in groups of 32 inner values with an fp16 scale and an fp16 least value for each output: a
+weight is scale * q + least. What llama.cpp holds as Q4_1 is read and packed again without any loss.
+
+N outputs, I inner values of a matrix; B panels of 32 outputs. L layers, P pages, G key-value heads, K head width.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+BLOCK = 32
+"""Outputs of a panel, inner values of a group, tokens of a block of keys."""
+
+Format = Literal["float32", "bfloat16", "int8", "int4"]
+KINDS: dict[str, int] = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
+BITS = {"int8": 8, "int4": 4}
+
+
+def pack(weight: Float[Tensor, "N I"], form: Format) -> Tensor:
+    """Panels of a matrix, the last filled up with zeros."""
+    weight = F.pad(weight, (0, 0, 0, -len(weight) % BLOCK))
+    match form:
+        case "float32":
+            return weight.unflatten(0, (-1, BLOCK)).mT.contiguous()
+        case "bfloat16":
+            return weight.bfloat16().unflatten(0, (-1, BLOCK)).unflatten(2, (-1, 2)).transpose(1, 2).contiguous()
+        case _:
+            return pack_groups(weight, BITS[form])
+
+
+def pack_groups(weight: Float[Tensor, "N I"], bits: int) -> UInt8[Tensor, "B groups bytes"]:
+    q, scale, least = quantise(weight, bits)
+    quads = q.unflatten(0, (-1, 2, BLOCK // 2)).unflatten(4, (-1, 4))  # panel, half, lane, group, quad, value
+    quads = quads.permute(0, 3, 4, 1, 2, 5)  # panel, group, quad, half, lane, value
+    if bits == 4:
+        quads = quads[:, :, :, 0] | (quads[:, :, :, 1] << 4)
+    sizes = torch.stack([scale, least], -1).unflatten(0, (-1, BLOCK)).permute(0, 2, 3, 1)
+    return torch.cat([sizes.flatten(2).contiguous().view(torch.uint8), quads.flatten(2)], 2).contiguous()
+
+
+def quantise(weight: Float[Tensor, "N I"], bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Integers (N, groups, 32), scales and least values (N, groups), both fp16."""
+    groups = weight.unflatten(1, (-1, BLOCK))
+    least, most, top = groups.amin(2), groups.amax(2), 2**bits - 1
+    scale, least = ((most - least) / top).half(), least.half()
+    steps = (groups - least.float()[..., None]) / scale.float().clamp(min=1e-30)[..., None]
+    return steps.round().clamp(0, top).to(torch.uint8), scale, least
+
+
+def dequantise(q: Tensor, scale: Tensor, least: Tensor) -> Float[Tensor, "N I"]:
+    return (q * scale.float()[..., None] + least.float()[..., None]).flatten(1)
+
+
+def logical_keys(keys: Tensor) -> Float[Tensor, "L P G page K"]:
+    """A copy of pages of keys in the order of their shape."""
+    page, width = keys.shape[-2:]
+    each = 4 // keys.element_size()
+    blocks = keys.reshape(*keys.shape[:3], page // BLOCK, width // each, BLOCK, each)
+    return blocks.transpose(4, 5).reshape(keys.shape)
+
+
+def logical_values(values: Tensor) -> Float[Tensor, "L P G page K"]:
+    """A copy of pages of values in the order of their shape."""
+    page, width = values.shape[-2:]
+    each = 4 // values.element_size()
+    blocks = values.reshape(*values.shape[:3], page // BLOCK, width // BLOCK, BLOCK // each, BLOCK, each)
+    return blocks.permute(0, 1, 2, 3, 5, 7, 4, 6).reshape(values.shape)
