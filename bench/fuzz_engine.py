@@ -88,7 +88,8 @@ def schedule(
         page=rng.choice((16, 64, 128)),
         cache_tokens=rng.choice((1024, 1536, 8192)),
         remember=rng.random() < 0.8,
-        dtype=dtype,
+        path="torch",
+        weights=dtype,
     )
     engine = Engine(loaded.model, loaded.processor, config)
     answers = play(engine, [pool[index] for index in chosen], rng)
@@ -138,7 +139,11 @@ def price(loaded: Checkpoint, dtype: Dtype, *, show: bool) -> None:
     texts = [" ".join(TEXT.split()[9 * i : 9 * i + 100]) for i in range(16)]
     requests = [Request(parts=(Text(text=text, role=Role.USER),), params=params) for text in texts]
     engines = [
-        Engine(deepcopy(loaded.model), loaded.processor, EngineConfig(dtype=dtype, exact=steady, remember=False))
+        Engine(
+            deepcopy(loaded.model),
+            loaded.processor,
+            EngineConfig(path="torch", weights=dtype, exact=steady, remember=False),
+        )
         for steady in (True, False)
     ]
     pairs = [[clock(engine, requests) for engine in engines] for _ in range(ROUNDS + 1)][1:]

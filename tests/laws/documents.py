@@ -33,7 +33,8 @@ def processor(*, flow: bool = False, tower: bool = False, film: bool = False) ->
     return Processor(tokenizer, codec, SPACES, Noising(blank_frames=0.5), film=coarse, sight=sight)
 
 
-def model(p: Processor, *, flow: bool = False, experts: int = 1, seed: int = 0) -> Model:
+def model(p: Processor, *, flow: bool = False, experts: int = 1, seed: int = 0, wide: bool = False) -> Model:
+    """A small network for a processor; `wide` in multiples of 32, as kernels want it."""
     kind = Flow(48) if flow else Mask(digits=1 if p.film else 4, levels=9)
     video = {"video": Mask(digits=4, levels=9)} if p.film else {}
     tower = {"vision": Tower(48, width=16, num_layers=1)} if p.sight else {}
@@ -43,8 +44,8 @@ def model(p: Processor, *, flow: bool = False, experts: int = 1, seed: int = 0) 
         num_layers=2,
         num_heads=4,
         num_kv_heads=2,
-        head_width=12,
-        mlp_width=48,
+        head_width=32 if wide else 12,
+        mlp_width=64 if wide else 48,
         modalities={"image": kind, "action": Flow(3), **tower, **video},
         experts=experts,
     )

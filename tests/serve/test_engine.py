@@ -15,12 +15,15 @@ import torch
 
 from litchi.config import BadInput
 from litchi.model import exact
+from litchi.model.compiled import compiler
 from litchi.model.generate import Generator, whole
 from litchi.model.network import Model
+from litchi.model.packing import Format
 from litchi.schema.processor import Processor
 from litchi.schema.request import Completion, Delta, Request, SamplingParams
 from litchi.schema.sample import Action, Image, Role, Text
-from litchi.serve.engine import Engine, EngineConfig
+from litchi.serve.engine import Engine, EngineConfig, Track
+from litchi.serve.runner import Piece
 from tests.laws.documents import WORDS, model, processor
 
 KINDS = {"mask": {}, "flow": {"flow": True}, "tower": {"tower": True}, "film": {"film": True}}
@@ -42,6 +45,27 @@ class Answer:
             self.deltas.append(piece)
         else:
             self.error, self.ended = piece, True
+
+
+class Alone(Engine):
+    """The oracle of a path that the reference decoder does not have: one document at a time, all of it for every
+    token, and nothing is remembered."""
+
+    def __init__(self, net: Model, p: Processor, weights: Format) -> None:
+        config = EngineConfig(max_running=1, step_tokens=1 << 30, path="native", weights=weights, remember=False)
+        super().__init__(net, p, config)
+
+    def commit(self, track: Track, piece: Piece, answer: torch.Tensor | None) -> None:
+        assert track.wish is not None and piece.start == 0 and piece.stop == len(track.wish.builder.tokens)
+        self.give_back(track)
+        self.advance(track, answer)
+
+    def complete(self, request: Request) -> Completion:
+        answer = Answer()
+        self.submit(request, answer.take)
+        while self.step():
+            pass
+        return whole(answer.deltas)
 
 
 @lru_cache
@@ -131,7 +155,8 @@ def test_no_schedule_changes_an_answer(kind: str, dtype: Literal["float32", "bfl
             page=rng.choice((8, 16, 64)),
             cache_tokens=rng.choice((128, 128, 2048)),
             remember=rng.random() < 0.8,
-            dtype=dtype,
+            path="torch",
+            weights=dtype,
         )
         engine = Engine(net, p, config)
         for asked, answer in zip(requests, play(engine, requests, rng), strict=True):
@@ -146,9 +171,38 @@ def test_no_schedule_changes_an_answer(kind: str, dtype: Literal["float32", "bfl
     assert gave_way and recalled
 
 
+@pytest.mark.skipif(not compiler(), reason="needs a C++ compiler")
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])
+def test_no_schedule_changes_an_answer_of_the_native_path(weights: Format) -> None:
+    p = processor()
+    net = model(p, wide=True)
+    oracle, expected, gave_way = Alone(net, p, weights), {}, 0
+    for seed in range(SCHEDULES):
+        rng = random.Random(f"{weights}{seed}")
+        requests = [request(rng, "mask") for _ in range(rng.randrange(6, 16))]
+        config = EngineConfig(
+            max_running=rng.choice((1, 6, 16)),
+            step_tokens=rng.choice((1, 5, 17, 64, 512)),
+            page=rng.choice((32, 64)),
+            cache_tokens=rng.choice((128, 128, 128, 2048)),
+            remember=rng.random() < 0.8,
+            path="native",
+            weights=weights,
+        )
+        engine = Engine(net, p, config)
+        for asked, answer in zip(requests, play(engine, requests, rng), strict=True):
+            assert answer.error is None
+            if answer.deltas and answer.deltas[-1].finish:
+                key = repr(replace(asked, parts=())) + repr([str(x) for x in asked.parts])
+                expected.setdefault(key, oracle.complete(asked))
+                assert same(whole(answer.deltas), expected[key]), (seed, config, asked)
+        gave_way += engine.preempted
+    assert gave_way
+
+
 def test_a_conversation_goes_on_from_what_was_read() -> None:
     p, net = network("mask")
-    engine = Engine(net, p, EngineConfig(page=8))
+    engine = Engine(net, p, EngineConfig(path="torch", page=8))
     parts: list = [Text(text=" ".join(WORDS), role=Role.USER)]
     params = SamplingParams(max_tokens=5)
     for turn in range(3):
@@ -164,7 +218,7 @@ def test_a_conversation_goes_on_from_what_was_read() -> None:
 
 def test_other_weights_remember_nothing() -> None:
     p, net = network("mask")
-    engine = Engine(net, p, EngineConfig(page=8), weights="one")
+    engine = Engine(net, p, EngineConfig(path="torch", page=8), weights="one")
     asked = Request(parts=(Text(text=" ".join(WORDS), role=Role.USER),), params=SamplingParams(max_tokens=2))
     for weights, found in (("one", False), ("one", True), ("two", False)):
         engine.weights = weights
@@ -177,7 +231,7 @@ def test_other_weights_remember_nothing() -> None:
 
 def test_what_does_not_fit_is_refused_or_ends_alone() -> None:
     p, net = network("mask")
-    engine = Engine(net, p, EngineConfig(page=8, cache_tokens=64))
+    engine = Engine(net, p, EngineConfig(path="torch", page=8, cache_tokens=64))
     long = Request(parts=(Text(text=" ".join(WORDS * 4), role=Role.USER),))
     with pytest.raises(BadInput, match=r"the prompt has \d+ tokens, the cache 64: shorten it or raise"):
         engine.submit(long, lambda _: None)
@@ -193,7 +247,7 @@ def test_what_does_not_fit_is_refused_or_ends_alone() -> None:
 
 def test_its_thread_answers_many_at_once() -> None:
     p, net = network("mask")
-    engine = Engine(net, p).start()
+    engine = Engine(net, p, EngineConfig(path="torch")).start()
     asked = Request(parts=(Text(text="where is the key", role=Role.USER),), params=SamplingParams(max_tokens=6))
     streams = [engine.stream(asked) for _ in range(4)]
     firsts = [next(stream) for stream in streams]

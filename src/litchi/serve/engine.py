@@ -20,13 +20,15 @@ from torch import Tensor
 from litchi.config import BadInput
 from litchi.model import exact
 from litchi.model.generate import whole
+from litchi.model.native import unsupported
 from litchi.model.network import Model
+from litchi.model.packing import BLOCK, Format
 from litchi.model.program import Program, Read, Steps
 from litchi.schema.processor import Processor
 from litchi.schema.request import Completion, Delta, Request
 from litchi.serve.pages import OutOfPages, Pages
 from litchi.serve.prefix import PageKeys
-from litchi.serve.runner import Piece, Runner
+from litchi.serve.runner import NativeRunner, Piece, Runner, TorchRunner
 from litchi.serve.solo import Piece as Told
 from litchi.serve.solo import Put
 
@@ -47,10 +49,25 @@ class EngineConfig:
     """Tokens whose keys and values have a place."""
     remember: bool = True
     """Whether what was read is kept for documents that begin alike."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """What matrices are multiplied in."""
+    path: Literal["auto", "native", "torch"] = "auto"
+    """Who computes: C++ on a CPU, which "auto" takes if it knows the network and there is a compiler, or PyTorch."""
+    weights: Format = "bfloat16"
+    """What matrices are stored in; int8 and int4 are native only. Keys and values are float32 if they are."""
     exact: bool = True
-    """Whether an answer may not depend on what is answered beside it."""
+    """Whether an answer may not depend on what is answered beside it; "native" knows no other way."""
+
+
+def runner_of(model: Model, c: EngineConfig) -> Runner:
+    """Raises BadInput for a path that does not know the network or the weights."""
+    dtype = torch.float32 if c.weights == "float32" else torch.bfloat16
+    why = unsupported(model.config)
+    if c.path == "native" or (c.path == "auto" and not why and c.exact and c.page % BLOCK == 0):
+        return NativeRunner(model, dtype, c.weights)
+    if c.weights not in ("float32", "bfloat16"):
+        raise BadInput(
+            f"serve.engine.weights={c.weights} is native only, but {why or 'the path is torch'}: set bfloat16"
+        )
+    return TorchRunner(model, dtype, steady=c.exact)
 
 
 @dataclass(slots=True, eq=False)
@@ -101,9 +118,9 @@ class Engine:
         self.model, self.processor, self.weights = model, processor, weights
         if exact.KEYS % self.config.page:
             raise BadInput(f"serve.engine.page={self.config.page} must divide {exact.KEYS}: set 64")
-        dtype = getattr(torch, self.config.dtype)
-        self.pages = Pages(model.config, self.config.cache_tokens // self.config.page + 1, self.config.page, dtype)
-        self.runner = Runner(model, self.pages, dtype, steady=self.config.exact)
+        self.runner = runner_of(model, self.config)
+        room = self.runner.room(self.config.cache_tokens // self.config.page + 1, self.config.page)
+        self.pages = Pages(*room, clear=self.runner.clear)
         self.running: list[Track] = []
         self.waiting: deque[Track] = deque()
         self.changed = threading.Condition()
@@ -210,7 +227,7 @@ class Engine:
         chosen = self.choose()
         if not chosen:
             return False
-        found = self.runner.run([piece for _, piece in chosen])
+        found = self.runner.run([piece for _, piece in chosen], self.pages)
         self.num_steps += 1
         for (track, piece), answer in zip(chosen, found, strict=True):
             self.commit(track, piece, answer)

@@ -11,10 +11,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
-import torch
 from jaxtyping import Float
-
-from litchi.model.network import ModelConfig
+from torch import Tensor
 
 
 class OutOfPages(Exception):
@@ -25,13 +23,12 @@ class Pages:
     """The pool. Page 0 is never given away: it holds zeros."""
 
     def __init__(
-        self, c: ModelConfig, num_pages: int, size: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+        self, keys: Float[Tensor, "L P G size K"], values: Float[Tensor, "L P G size K"], *, clear: bool = True
     ) -> None:
-        """`size` tokens lie in a page."""
-        shape = (c.num_layers, num_pages, c.num_kv_heads, size, c.head_width)
-        self.size = size
-        self.keys: Float[torch.Tensor, "L P G size K"] = torch.zeros(shape, dtype=dtype, device=device)
-        self.values: Float[torch.Tensor, "L P G size K"] = torch.zeros(shape, dtype=dtype, device=device)
+        """`size` tokens lie in a page. With `clear` a page is zeros when it is taken: what another document left there
+        must not reach this one, not even through a mask (0 times NaN is NaN)."""
+        self.keys, self.values, self.size, self.clear = keys, values, keys.shape[3], clear
+        num_pages = keys.shape[1]
         self.free = list(range(num_pages - 1, 0, -1))
         self.readers = [0] * num_pages
         self.page_of: dict[bytes, int] = {}
@@ -54,9 +51,9 @@ class Pages:
         else:
             raise OutOfPages
         self.readers[page] = 1
-        # what another document left here must not reach this one, not even through a mask (0 times NaN is NaN)
-        self.keys[:, page].zero_()
-        self.values[:, page].zero_()
+        if self.clear:
+            self.keys[:, page].zero_()
+            self.values[:, page].zero_()
         return page
 
     def drop(self, pages: Sequence[int]) -> None:

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from litchi.model import exact
 from litchi.model.attention import Attend
+from litchi.model.native import Trunk
 from litchi.model.network import Model
+from litchi.model.packing import Format
+from litchi.model.rope import rotations
 from litchi.schema.arrays import IGNORE
 from litchi.schema.processor import Builder
 from litchi.schema.sequence import Batch, Vectors
@@ -33,28 +37,102 @@ class Piece:
     scores: bool = False
 
 
-class Runner:
+class Runner(Protocol):
+    """Whoever computes a step."""
+
+    exact: bool
+    """Whether what is made of a token does not depend on its neighbours."""
+    clear: bool
+    """Whether it reads keys that it has not written, and only masks them."""
+    name: str
+    """What tells its arithmetic from others': bits may only be compared under one name."""
+
+    def room(self, num_pages: int, size: int) -> tuple[Tensor, Tensor]:
+        """Memory for keys and values, (L, num_pages, G, size, K) each."""
+        ...
+
+    def run(self, pieces: Sequence[Piece], pages: Pages) -> list[Tensor | None]:
+        """What each piece wants: hidden states (rows, D), scores (V,), or nothing."""
+        ...
+
+
+class TorchRunner:
     """The network by PyTorch, under the rules that make it exact or without them."""
 
-    def __init__(self, model: Model, pages: Pages, dtype: torch.dtype, *, steady: bool = True) -> None:
+    clear = True
+
+    def __init__(self, model: Model, dtype: torch.dtype, *, steady: bool = True) -> None:
         """`dtype` is what matrices are multiplied in."""
-        self.model, self.pages, self.dtype, self.steady = model.eval(), pages, dtype, steady
+        self.model, self.dtype, self.exact = model.eval(), dtype, steady
         if steady:
             exact.apply(model)
         model.attention = attention
+        self.name = f"torch {torch.__version__} {str(dtype).removeprefix('torch.')}"
+
+    def room(self, num_pages: int, size: int) -> tuple[Tensor, Tensor]:
+        c = self.model.config
+        shape = (c.num_layers, num_pages, c.num_kv_heads, size, c.head_width)
+        device = self.model.embed_tokens.weight.device
+        return torch.zeros(shape, dtype=self.dtype, device=device), torch.zeros(shape, dtype=self.dtype, device=device)
 
     @torch.no_grad()
-    def run(self, pieces: Sequence[Piece]) -> list[Tensor | None]:
-        """What each piece wants: hidden states (rows, D), scores (V,), or nothing."""
-        batch = together(pieces, exact.ROWS if self.steady else 1)
-        with torch.autocast(self.pages.keys.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            x_TD = self.model(batch, View(self.pages, pieces, steady=self.steady))
+    def run(self, pieces: Sequence[Piece], pages: Pages) -> list[Tensor | None]:
+        batch = together(pieces, exact.ROWS if self.exact else 1)
+        with torch.autocast(pages.keys.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            x_TD = self.model(batch, View(pages, pieces, steady=self.exact))
             ends = batch.cu_seqlens.tolist()[1:]
             last = [end - 1 for end, piece in zip(ends, pieces, strict=False) if piece.scores]
             scores = iter(self.model.logits(x_TD[last]).float() if last else ())
         found: list[Tensor | None] = []
         for end, piece in zip(ends, pieces, strict=False):
             found.append(next(scores) if piece.scores else x_TD[end - piece.rows : end] if piece.rows else None)
+        return found
+
+
+class NativeRunner:
+    """The layers in C++ (`model/native.py`), exact by the way it adds; what is before and behind them in PyTorch."""
+
+    exact = True
+    clear = False
+
+    def __init__(self, model: Model, dtype: torch.dtype, weights: Format) -> None:
+        """`dtype` is that of keys and values. Raises BadInput for a network that the path does not know."""
+        self.trunk = Trunk(model, dtype, weights)
+        self.model = exact.apply(model.eval())
+        self.name = f"{Path(self.trunk.lib._name).stem} {weights}"
+
+    def room(self, num_pages: int, size: int) -> tuple[Tensor, Tensor]:
+        return self.trunk.pages(num_pages, size)
+
+    @torch.no_grad()
+    def run(self, pieces: Sequence[Piece], pages: Pages) -> list[Tensor | None]:
+        c, batch = self.model.config, together(pieces, 1)
+        x_TD = self.model.embed(batch, self.model.see(batch)).float()
+        rotation = rotations(batch.positions, c.head_width, c.theta, c.scaling, c.sections)
+        slots: list[int] = []
+        ends: list[int] = []
+        for piece in pieces:
+            slots += range(piece.start, piece.stop)
+            ends += span_stops(piece.builder.spans, piece.start, piece.stop)
+        most = max(len(piece.pages) for piece in pieces)
+        tables = torch.tensor([[*piece.pages, *[0] * (most - len(piece.pages))] for piece in pieces], dtype=torch.int32)
+        hidden_TD = self.trunk.run(
+            x_TD.contiguous(),
+            rotation,
+            pages.keys,
+            pages.values,
+            batch.docs.int(),
+            torch.tensor(slots, dtype=torch.int32),
+            torch.tensor(ends, dtype=torch.int32),
+            tables,
+        )
+        stops = batch.cu_seqlens.tolist()[1:]
+        last = [stop - 1 for stop, piece in zip(stops, pieces, strict=True) if piece.scores]
+        scores = iter(self.trunk.logits(hidden_TD[last]) if last else ())
+        found: list[Tensor | None] = []
+        for stop, piece in zip(stops, pieces, strict=True):
+            rows = self.model.norm(hidden_TD[stop - piece.rows : stop]) if piece.rows else None
+            found.append(next(scores) if piece.scores else rows)
         return found
 
 
