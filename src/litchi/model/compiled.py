@@ -41,7 +41,9 @@ def compile_once(sources: Sequence[Path], flags: Sequence[str] = ()) -> ctypes.C
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         made = library.with_suffix(f".{os.getpid()}.part")
-        answer = subprocess.run([*command, str(sources[0]), "-o", str(made)], capture_output=True, text=True, check=False)
+        answer = subprocess.run(
+            [*command, str(sources[0]), "-o", str(made)], capture_output=True, text=True, check=False
+        )
         if answer.returncode:
             made.unlink(missing_ok=True)
             said = next((line for line in answer.stderr.splitlines() if "error" in line), answer.stderr.strip()[:200])

@@ -19,10 +19,9 @@ from __future__ import annotations
 
 import ctypes
 import math
-from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_long, c_void_p
+from ctypes import POINTER, Structure, c_float, c_int32, c_long, c_void_p
 from functools import cache
 from pathlib import Path
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -63,9 +62,7 @@ def supports(c: ModelConfig) -> bool:
 
 
 class CMatrix(Structure):
-    _fields_ = (
-        [("data", c_void_p), ("bias", c_void_p)] + [(n, c_int32) for n in ("kind", "inner", "outputs", "pad")]
-    )
+    _fields_ = [("data", c_void_p), ("bias", c_void_p)] + [(n, c_int32) for n in ("kind", "inner", "outputs", "pad")]
 
 
 class CLayer(Structure):
@@ -75,10 +72,9 @@ class CLayer(Structure):
 
 
 class CNetwork(Structure):
-    _fields_ = (
-        [(n, c_int32) for n in ("width", "layers", "heads", "kv_heads", "head_width", "mlp_width", "kv_kind")]
-        + [("epsilon", c_float), ("layer", POINTER(CLayer)), ("norm", c_void_p), ("head", CMatrix)]
-    )
+    _fields_ = [
+        (n, c_int32) for n in ("width", "layers", "heads", "kv_heads", "head_width", "mlp_width", "kv_kind")
+    ] + [("epsilon", c_float), ("layer", POINTER(CLayer)), ("norm", c_void_p), ("head", CMatrix)]
 
 
 class CCall(Structure):
