@@ -71,7 +71,7 @@ def causal(ids: Tensor, spans: Tensor) -> TokenSequence:
 
 @dataclass
 class Reading:
-    """Documents read in calls of any kind, in pages of any order, on memory that holds NaN where nothing was written."""
+    """Documents read in calls of any kind, in pages of any order, which hold NaN where nothing was written."""
 
     trunk: Subject
     documents: list[TokenSequence]

@@ -126,11 +126,13 @@ void look(const Cache<E>& cache, const Job& job, const word* query, long chunk, 
     most = std::max(most, count), least = std::min(least, count);
   }
   for (int r = 0; r < job.rows; ++r) std::fill(score + r * CHUNK, score + r * CHUNK + (most + 31) / 32 * 32, 0.f);
-  long bytes = (long)BLOCK * width * sizeof(typename E::Value);
+  auto soon = [&](auto* pages, long index) {
+    if (index * BLOCK < job.most)
+      fetch(pages + cache.block(job.sequence, job.kv, index), (long)BLOCK * width * sizeof(*pages));
+  };
   for (int b = 0; b * BLOCK < most; ++b) {
     const word* keys = reinterpret_cast<const word*>(cache.keys + cache.block(job.sequence, job.kv, first + b));
-    if ((b + 1) * BLOCK < most) fetch(cache.keys + cache.block(job.sequence, job.kv, first + b + 1), bytes);
-    else fetch(cache.values + cache.block(job.sequence, job.kv, first), bytes);
+    (b + 1) * BLOCK < most ? soon(cache.keys, first + b + 1) : soon(cache.values, first);
     TILES<E>[job.rows - 1](query, width / P, keys, width, score + b * BLOCK, CHUNK);
   }
   float scale = 1.f / std::sqrt((float)width);
@@ -141,8 +143,7 @@ void look(const Cache<E>& cache, const Job& job, const word* query, long chunk, 
   std::fill(part.out, part.out + job.rows * width, 0.f);
   for (int b = 0; b * BLOCK < most; ++b) {
     const word* values = reinterpret_cast<const word*>(cache.values + cache.block(job.sequence, job.kv, first + b));
-    if ((b + 1) * BLOCK < most) fetch(cache.values + cache.block(job.sequence, job.kv, first + b + 1), bytes);
-    else if ((first + b + 1) * BLOCK < job.most) fetch(cache.keys + cache.block(job.sequence, job.kv, first + b + 1), bytes);
+    soon((b + 1) * BLOCK < most ? cache.values : cache.keys, first + b + 1);
     for (int d = 0; d < width / BLOCK; ++d) {
       const word *panel = values + d * BLOCK * BLOCK / P, *p = weight + b * BLOCK / P;
       if ((b + 1) * BLOCK <= least) {

@@ -145,13 +145,15 @@ class Trunk:
         self.held: list[Tensor] = []
         """What the pointers below point to."""
         self.layers = (CLayer * c.num_layers)()
-        for index, layer in enumerate(model.layers):
-            self.layers[index] = self.layer(layer.experts[0])
+        for index in range(c.num_layers):
+            expert = model.get_submodule(f"layers.{index}.experts.0")
+            assert isinstance(expert, Expert)
+            self.layers[index] = self.layer(expert)
         head = model.embed_tokens.weight if c.tied else model.lm_head.weight
         self.network = CNetwork(
             *(c.width, c.num_layers, c.num_heads, c.num_kv_heads, c.head_width, c.mlp_width),
             KINDS["bfloat16" if dtype == torch.bfloat16 else "float32"],
-            *(c.epsilon, self.layers, self.hold(model.norm.weight)),
+            *(c.epsilon, self.layers, self.hold(model.get_parameter("norm.weight"))),
             self.matrix(head, None, "int8" if weights == "int4" else weights),
         )
         self.call, self.room = CCall(threads=self.threads), torch.empty(0, dtype=torch.uint8)
@@ -235,8 +237,8 @@ class Trunk:
             self.matrix(a.o_proj.weight, a.o_proj.bias, self.weights),
             self.matrix(gate_up, biases[1], self.weights),
             self.matrix(m.down_proj.weight, m.down_proj.bias, self.weights),
-            *(self.hold(n.weight) for n in (expert.input_layernorm, expert.post_attention_layernorm)),
-            *(self.hold(n.weight) if self.config.qk_norm else None for n in (a.q_norm, a.k_norm)),
+            *(self.hold(expert.get_parameter(f"{n}.weight")) for n in ("input_layernorm", "post_attention_layernorm")),
+            *(self.hold(a.get_parameter(f"{n}.weight")) for n in ("q_norm", "k_norm") if self.config.qk_norm),
         )
 
     def matrix(self, weight: Tensor, bias: Tensor | None, form: Format) -> CMatrix:

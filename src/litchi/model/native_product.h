@@ -34,6 +34,7 @@ typedef uint32_t word;
 constexpr int BLOCK = 32;        // outputs of a panel; keys of a block; inner values that share a scale
 constexpr int ROWS = 12;         // rows of a tile: 24 accumulators of 32 registers
 constexpr int QUANTISED_ROWS = 6;  // of a quantised tile, which keeps integers and sums
+constexpr int SPINS = 2000;      // of a thread that waits, some tens of microseconds, before it lets others run
 constexpr int PAD = 16;          // words behind each row, so that rows do not fall into one set of the cache
 enum Kind { F32, BF16, INT8, INT4 };
 
@@ -46,10 +47,8 @@ INLINE v16 all(float x) { return v16{} + x; }
 INLINE u16x all_bits(word x) { return u16x{} + x; }
 INLINE v16 nearest(v16 x) { return (x + 12582912.f) - 12582912.f; }  // to an integer, ties to even
 
-INLINE void fetch(const void* at, long bytes) {  // into the cache, before it is asked for
-#ifndef NOFETCH
-  for (long i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(at) + i);
-#endif
+INLINE void fetch(const void* at, long bytes) {  // into the second cache, before it is asked for
+  for (long i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(at) + i, 0, 1);
 }
 
 INLINE v16 fma(v16 a, v16 b, v16 c) {
@@ -261,7 +260,7 @@ struct Thread {
       _mm_pause();
 #endif
 #if defined(__linux__)
-      if (spins > 20000) sched_yield();
+      if (spins > SPINS) sched_yield();
 #endif
     }
   }
@@ -349,8 +348,8 @@ void product(const Matrix& m, const Rows& x, long rows, Range share, Put put) {
       }
       for (long r = 0; r < count; ++r) {
         float* o = out + r * BLOCK;
-        if (m.bias)
-          store(o, load(o) + load(m.bias + panel * BLOCK)), store(o + 16, load(o + 16) + load(m.bias + panel * BLOCK + 16));
+        const float* bias = m.bias + panel * BLOCK;
+        if (m.bias) store(o, load(o) + load(bias)), store(o + 16, load(o + 16) + load(bias + 16));
         put(row + r, (int)panel, o);
       }
     }
