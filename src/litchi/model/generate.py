@@ -83,4 +83,8 @@ def whole(deltas: list[Delta]) -> Completion:
         prompt_tokens=deltas[-1].prompt_tokens,
         tokens=tuple(t for d in deltas for t in d.tokens),
         logprobs=tuple(p for d in deltas for p in d.logprobs),
+        scored=tuple(s for d in deltas for s in d.scored),
+        prompt=tuple(s for d in deltas for s in d.prompt),
+        vector=deltas[-1].vector,
+        matched=deltas[-1].matched,
     )

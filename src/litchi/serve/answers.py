@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from litchi.schema.request import Completion, Delta
+from litchi.schema.request import Completion, Delta, Scored
 from litchi.schema.sample import Action, Image, Part, Text
+from litchi.schema.spelling import shown
 from litchi.serve.limits import data_url, encode_png
 from litchi.serve.wire import Ask
 
@@ -26,20 +27,34 @@ class Choice:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[dict[str, Any]] = field(default_factory=list)
     prompt_tokens: int | None = None
-    """None where it was streamed: deltas do not count what was read."""
+    """None until the last delta of a stream has told it."""
+    prompt: list[Scored] = field(default_factory=list)
+    matched: str | int | None = None
 
     @classmethod
     def of(cls, answer: Completion) -> Choice:
         """A completion tells its text beside its other parts; a body's content holds both."""
         others = [part for part in answer.parts if not isinstance(part, Text)]
         said: list[Part] = [Text(text=answer.text)] if answer.text else []
-        return cls([*said, *others], answer.text, answer.finish, list(answer.tokens), [], answer.prompt_tokens)
+        return cls(
+            parts=[*said, *others],
+            text=answer.text,
+            finish=answer.finish,
+            tokens=list(answer.tokens),
+            prompt_tokens=answer.prompt_tokens,
+            prompt=list(answer.prompt),
+            matched=answer.matched,
+        )
 
     def add(self, delta: Delta) -> None:
         self.text += delta.text
         self.tokens += delta.tokens
         self.logprobs += logprobs_of(delta)
         self.finish = delta.finish or self.finish
+        self.prompt += delta.prompt
+        if delta.finish is not None:
+            self.matched = delta.matched
+            self.prompt_tokens = delta.prompt_tokens or self.prompt_tokens
         if delta.part is not None:
             self.parts.append(delta.part)
         elif delta.text:
@@ -68,12 +83,14 @@ class Writer:
         if isinstance(delta.part, Image):
             said["images"] = [picture_part(delta.part)]
         more: dict[str, Any] = {"logprobs": {"content": logprobs_of(delta)}} if delta.logprobs else {}
+        if delta.prompt:
+            more["prompt_logprobs"] = prompt_rows(delta.prompt)
         if self.ask.token_ids and delta.tokens:
             more["token_ids"] = list(delta.tokens)
         return self._chunk(index, said, **more) if said or more else ""
 
     def closing(self, index: int, choice: Choice) -> str:
-        return self._chunk(index, {}, finish_reason=choice.finish)
+        return self._chunk(index, {}, finish_reason=choice.finish, stop_reason=choice.matched)
 
     def usage(self, choices: Sequence[Choice]) -> str:
         return event(self._head("chat.completion.chunk") | {"choices": [], "usage": usage(choices)})
@@ -92,6 +109,9 @@ class Writer:
         if pictures:
             message |= {"content": [_content(part) for part in choice.parts], "images": pictures}
         body: dict[str, Any] = {"index": index, "message": message, "finish_reason": choice.finish}
+        body |= {"stop_reason": choice.matched}
+        if choice.prompt:
+            body["prompt_logprobs"] = prompt_rows(choice.prompt)
         body["logprobs"] = {"content": choice.logprobs} if self.ask.requests[0].params.logprobs else None
         return body | ({"token_ids": choice.tokens} if self.ask.token_ids else {})
 
@@ -132,12 +152,30 @@ def usage(choices: Sequence[Choice]) -> dict[str, Any]:
 
 
 def logprobs_of(delta: Delta) -> list[dict[str, Any]]:
-    """OpenAI's rows. The text of a delta is said at its first token: one token may be only half a character."""
+    """OpenAI's rows. A sampler that spells no tokens has the text of a delta said at its first one."""
+    if delta.scored:
+        return [row_of(scored) | {"top_logprobs": [row_of(each) for each in scored.top]} for scored in delta.scored]
     rows = []
     for i, (token, logprob) in enumerate(zip(delta.tokens, delta.logprobs, strict=False)):
         said = delta.text if i == 0 else ""
         raw = list(said.encode())
         rows.append({"token": said, "id": token, "logprob": logprob, "bytes": raw, "top_logprobs": []})
+    return rows
+
+
+def row_of(scored: Scored) -> dict[str, Any]:
+    """One token in OpenAI's words."""
+    head = {"token": shown(scored.spelling), "id": scored.token, "bytes": list(scored.spelling)}
+    return head | {"logprob": scored.logprob}
+
+
+def prompt_rows(scored: Sequence[Scored]) -> list[dict[str, Any] | None]:
+    """What each token of a prompt was worth, in vLLM's words: by id, the token itself and the likeliest there."""
+    rows: list[dict[str, Any] | None] = []
+    for token in scored:
+        said = {s.token: {"logprob": s.logprob, "rank": s.rank, "decoded_token": shown(s.spelling)}
+                for s in (token, *token.top)}  # fmt: skip
+        rows.append(None if token.logprob is None else {str(index): row for index, row in said.items()})
     return rows
 
 

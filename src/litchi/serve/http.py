@@ -25,6 +25,7 @@ from litchi.serve import answers, wire
 from litchi.serve.fields import Fields
 from litchi.serve.guard import SUBPROTOCOL, Guard
 from litchi.serve.limits import TooLarge, decode_picture, encode_png, read_body, read_json
+from litchi.serve.params import MAX_SEED
 from litchi.serve.sessions import ACTIONS, MakeRoom, World, frame_of
 from litchi.serve.worker import Busy, Job, Worker
 
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("litchi.serve")
 WEB = Path(__file__).parent / "web"
-MAX_SEED = wire.MAX_SEED
 
 PAGE_HEADERS = {
     # The page loads nothing from elsewhere and nobody may frame it.

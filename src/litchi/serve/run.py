@@ -56,6 +56,8 @@ class ServeConfig:
     max_images: int = 8
     max_text: int = 4_000
     """Characters of one conversation: attention is quadratic in them."""
+    max_tokens: int = 1024
+    """Tokens of one answer."""
 
     @property
     def limits(self) -> Limits:
@@ -66,6 +68,7 @@ class ServeConfig:
             max_pixels=self.max_pixels,
             max_images=self.max_images,
             max_text=self.max_text,
+            max_tokens=self.max_tokens,
         )
 
     @property
