@@ -87,4 +87,5 @@ def whole(deltas: list[Delta]) -> Completion:
         prompt=tuple(s for d in deltas for s in d.prompt),
         vector=deltas[-1].vector,
         matched=deltas[-1].matched,
+        ended=deltas[-1].ended,
     )

@@ -116,11 +116,12 @@ class Program:
         for count in range(1, params.max_tokens + 1):
             scores_V = first_V if first_V is not None and count == 1 else (yield from self.scores())
             index = chooser.choose(scores_V, count, pictures=self.request.want == "chat")
+            told = chooser.told(index, scores_V)
             if index in chooser.ends:
                 matched = index if index in params.stop_token_ids else None
-                yield Delta(text=tokenizer.decode(ids)[len(said) :], finish="stop", matched=matched)
+                ended = next(iter(told.scored), None)
+                yield Delta(text=tokenizer.decode(ids)[len(said) :], finish="stop", matched=matched, ended=ended)
                 return
-            told = chooser.told(index, scores_V)
             chooser.say(index)
             self.builder.token(index)
             if index == tokenizer.picture:

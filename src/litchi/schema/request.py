@@ -118,6 +118,8 @@ class Delta:
     """An embedding, of length 1 in the Euclidean norm."""
     matched: str | int | None = None
     """The stop string or the id that ended the answer; told by the last delta."""
+    ended: Scored | None = None
+    """The token that ended the answer, which is none of `tokens`, if `logprobs` were asked for and there was one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,3 +136,4 @@ class Completion:
     prompt: tuple[Scored, ...] = ()
     vector: tuple[float, ...] = ()
     matched: str | int | None = None
+    ended: Scored | None = None

@@ -16,6 +16,9 @@ from litchi.schema.spelling import shown
 from litchi.serve.limits import data_url, encode_png
 from litchi.serve.wire import Ask
 
+DONE = "data: [DONE]\n\n"
+"""The last event of a stream."""
+
 
 @dataclass
 class Choice:
@@ -24,12 +27,17 @@ class Choice:
     parts: list[Part] = field(default_factory=list)
     text: str = ""
     finish: str = "stop"
+    over: bool = False
+    """Whether the last piece has come."""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[dict[str, Any]] = field(default_factory=list)
     prompt_tokens: int | None = None
     """None until the last delta of a stream has told it."""
     prompt: list[Scored] = field(default_factory=list)
     matched: str | int | None = None
+    scored: list[Scored] = field(default_factory=list)
+    """Every token, that which ended the answer as well."""
+    vector: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, answer: Completion) -> Choice:
@@ -40,10 +48,13 @@ class Choice:
             parts=[*said, *others],
             text=answer.text,
             finish=answer.finish,
+            over=True,
             tokens=list(answer.tokens),
             prompt_tokens=answer.prompt_tokens,
             prompt=list(answer.prompt),
             matched=answer.matched,
+            scored=[*answer.scored, *([answer.ended] if answer.ended else [])],
+            vector=answer.vector,
         )
 
     def add(self, delta: Delta) -> None:
@@ -52,7 +63,9 @@ class Choice:
         self.logprobs += logprobs_of(delta)
         self.finish = delta.finish or self.finish
         self.prompt += delta.prompt
+        self.scored += [*delta.scored, *([delta.ended] if delta.ended else [])]
         if delta.finish is not None:
+            self.over = True
             self.matched = delta.matched
             self.prompt_tokens = delta.prompt_tokens or self.prompt_tokens
         if delta.part is not None:
@@ -92,8 +105,9 @@ class Writer:
     def closing(self, index: int, choice: Choice) -> str:
         return self._chunk(index, {}, finish_reason=choice.finish, stop_reason=choice.matched)
 
-    def usage(self, choices: Sequence[Choice]) -> str:
-        return event(self._head("chat.completion.chunk") | {"choices": [], "usage": usage(choices)})
+    def ending(self, choices: Sequence[Choice]) -> str:
+        told = event(self._head("chat.completion.chunk") | {"choices": [], "usage": usage(choices)})
+        return (told if self.ask.usage else "") + DONE
 
     def _head(self, kind: str) -> dict[str, Any]:
         head = {"id": self.id, "object": kind, "created": self.created, "model": self.model, "seed": self.ask.seed}
@@ -116,21 +130,21 @@ class Writer:
         return body | ({"token_ids": choice.tokens} if self.ask.token_ids else {})
 
 
-def drawings(answers: Sequence[Completion], ask: Ask) -> dict[str, Any]:
+def drawings(answers: Sequence[Choice], ask: Ask) -> dict[str, Any]:
     """The body of an images response; the words that a picture was planned in are its `revised_prompt`."""
     data = []
     for answer in answers:
         picture = next(part for part in answer.parts if isinstance(part, Image))
         body = {"b64_json": base64.b64encode(encode_png(picture.pixels)).decode()}
         data.append(body | ({"revised_prompt": answer.text} if answer.text else {}))
-    read, made = sum(a.prompt_tokens for a in answers), sum(len(a.tokens) for a in answers)
+    read, made = sum(a.prompt_tokens or 0 for a in answers), sum(len(a.tokens) for a in answers)
     counts = {"input_tokens": read, "output_tokens": made, "total_tokens": read + made}
     size = f"{ask.requests[0].width}x{ask.requests[0].height}"
     head = {"created": int(time.time()), "output_format": "png", "size": size, "seed": ask.seed}
     return head | {"data": data, "usage": counts}
 
 
-def next_part(answer: Completion) -> dict[str, Any]:
+def next_part(answer: Choice) -> dict[str, Any]:
     """The body of a /v1/next response: the frame or the action that comes next."""
     part = next(part for part in answer.parts if isinstance(part, Image | Action))
     counts = {"prompt_tokens": answer.prompt_tokens, "token_ids": list(answer.tokens)}

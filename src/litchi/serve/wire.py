@@ -58,7 +58,7 @@ def read_chat(body: dict[str, Any], model: str, limits: Limits) -> Ask:
     for name, values in NEUTRAL.items():
         if fields.get(name) is not None and fields.get(name) not in values:
             raise BadInput(f"{name} is not supported by this server; leave it out")
-    parts, notes = _read_messages(fields.objects("messages"), limits)
+    parts, notes = read_messages(fields.objects("messages"), limits)
     params = replace(read_params(fields, limits), logprobs=fields.flag("logprobs"))
     params = replace(params, top_logprobs=fields.integer("top_logprobs", 0, 0, MAX_TOP))
     if params.top_logprobs and not params.logprobs:
@@ -109,7 +109,7 @@ def read_next(body: dict[str, Any], model: str, limits: Limits) -> Ask:
     return Ask(requests=(request,), seed=params.seed)
 
 
-def _read_messages(messages: list[Fields], limits: Limits) -> tuple[tuple[Part, ...], tuple[str, ...]]:
+def read_messages(messages: list[Fields], limits: Limits) -> tuple[tuple[Part, ...], tuple[str, ...]]:
     parts: list[Part] = []
     notes: list[str] = []
     for message in messages:

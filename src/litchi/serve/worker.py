@@ -72,7 +72,7 @@ class Worker:
     """The thread and its queue: at most one job runs, at most `max_queue` wait."""
 
     def __init__(self, sampler: Sampler, max_queue: int):
-        self._sampler, self._max = sampler, max_queue
+        self.sampler, self._max = sampler, max_queue
         self._waiting: deque[Job] = deque()
         self._running: Job | None = None
         self._closing = False
@@ -156,9 +156,9 @@ class Worker:
             if job.cancelled.is_set():
                 return
             if not job.stream:
-                job.put((index, self._sampler.complete(request)))
+                job.put((index, self.sampler.complete(request)))
                 continue
-            deltas = iter(self._sampler.stream(request))
+            deltas = iter(self.sampler.stream(request))
             try:
                 for delta in deltas:
                     if job.cancelled.is_set():
