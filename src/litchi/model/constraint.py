@@ -17,12 +17,9 @@ from torch import Tensor
 
 from litchi.config import BadInput
 from litchi.record import need
+from litchi.schema.grammar import SIZES, STEPS, written
 from litchi.schema.request import Grammar
 from litchi.schema.tokenizer import Tokenizer
-
-STEPS = {"initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 200_000, "step_max_items": 50_000}
-SIZES = {"max_items_in_row": 2_000, "max_lexer_states": 50_000, "max_grammar_size": 200_000}
-"""About 20 ms for the grammar and as much for a token at the very most, and 100 MB."""
 
 
 class Constraint:
@@ -55,21 +52,6 @@ class Constraint:
         if self.matcher.is_error():
             reason = next(iter(self.matcher.get_error().splitlines()), "")[:200]
             raise BadInput(f"the grammar of the answer does not work ({reason}); make it simpler")
-
-
-def written(grammar: Grammar) -> str:
-    """A grammar as llguidance takes it. Raises BadInput for a schema that is no JSON."""
-    matcher = need("serve", "llguidance").LLMatcher
-    try:
-        match grammar.kind:
-            case "schema":
-                return matcher.grammar_from_json_schema(grammar.source)
-            case "regex":
-                return matcher.grammar_from_regex(grammar.source)
-            case "lark":
-                return matcher.grammar_from_lark(grammar.source)
-    except ValueError as error:
-        raise BadInput(f"the grammar of the answer cannot be read ({str(error)[:200]}); mend it") from None
 
 
 TOKENIZERS: WeakKeyDictionary[Tokenizer, Any] = WeakKeyDictionary()

@@ -191,7 +191,7 @@ class Processor:
         `tools` are JSON objects for a chat template to show; raises BadInput where none does.
         """
         if tools:
-            raise BadInput("this model has no chat template that shows tools: leave them out")
+            raise BadInput("this model was trained without tools: leave them out")
         builder = Builder()
         self.extend(builder, parts, None, whole=False)
         return builder

@@ -6,6 +6,7 @@ import base64
 import json
 import time
 import uuid
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from litchi.schema.request import Completion, Delta, Scored
 from litchi.schema.sample import Action, Image, Part, Text
 from litchi.schema.spelling import shown
+from litchi.serve.calls import Call, CallReader
 from litchi.serve.limits import data_url, encode_png
 from litchi.serve.wire import Ask
 
@@ -81,6 +83,9 @@ class Writer:
     def __init__(self, ask: Ask, model: str):
         self.ask, self.model = ask, model
         self.id, self.created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
+        self.readers = {index: CallReader(ask.tools) for index in range(len(ask.requests))} if ask.tools.names else {}
+        self.called: Counter[int] = Counter()
+        """How many calls each answer has made."""
 
     def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
         body = self._head("chat.completion")
@@ -92,7 +97,7 @@ class Writer:
 
     def piece(self, index: int, delta: Delta) -> str:
         """An event for a piece of text or a picture; empty if the delta shows neither."""
-        said: dict[str, Any] = {"content": delta.text} if delta.text else {}
+        said = self._said(index, delta)
         if isinstance(delta.part, Image):
             said["images"] = [picture_part(delta.part)]
         more: dict[str, Any] = {"logprobs": {"content": logprobs_of(delta)}} if delta.logprobs else {}
@@ -103,7 +108,20 @@ class Writer:
         return self._chunk(index, said, **more) if said or more else ""
 
     def closing(self, index: int, choice: Choice) -> str:
-        return self._chunk(index, {}, finish_reason=choice.finish, stop_reason=choice.matched)
+        finish = "tool_calls" if self.called[index] and choice.finish == "stop" else choice.finish
+        return self._chunk(index, {}, finish_reason=finish, stop_reason=choice.matched)
+
+    def _said(self, index: int, delta: Delta) -> dict[str, Any]:
+        """The text of a delta and the calls that are whole with it."""
+        found: list[str | Call] = [delta.text]
+        if index in self.readers:
+            found = self.readers[index].feed(delta.text)
+            found += self.readers[index].close() if delta.finish else []
+        text = "".join(each for each in found if isinstance(each, str))
+        calls = [call_body(each) for each in found if isinstance(each, Call)]
+        rows = [{"index": self.called[index] + i} | call for i, call in enumerate(calls)]
+        self.called[index] += len(calls)
+        return ({"content": text} if text else {}) | ({"tool_calls": rows} if rows else {})
 
     def ending(self, choices: Sequence[Choice]) -> str:
         told = event(self._head("chat.completion.chunk") | {"choices": [], "usage": usage(choices)})
@@ -120,14 +138,25 @@ class Writer:
     def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
         pictures = [picture_part(part) for part in choice.parts if isinstance(part, Image)]
         message: dict[str, Any] = {"role": "assistant", "content": choice.text}
+        if index in self.readers:
+            found = [*self.readers[index].feed(choice.text), *self.readers[index].close()]
+            calls = [call_body(each) for each in found if isinstance(each, Call)]
+            text = "".join(each for each in found if isinstance(each, str))
+            message = {"role": "assistant", "content": text or (None if calls else "")}
+            message |= {"tool_calls": calls} if calls else {}
         if pictures:
             message |= {"content": [_content(part) for part in choice.parts], "images": pictures}
-        body: dict[str, Any] = {"index": index, "message": message, "finish_reason": choice.finish}
+        finish = "tool_calls" if "tool_calls" in message and choice.finish == "stop" else choice.finish
+        body: dict[str, Any] = {"index": index, "message": message, "finish_reason": finish}
         body |= {"stop_reason": choice.matched}
         if choice.prompt:
             body["prompt_logprobs"] = prompt_rows(choice.prompt)
         body["logprobs"] = {"content": choice.logprobs} if self.ask.requests[0].params.logprobs else None
         return body | ({"token_ids": choice.tokens} if self.ask.token_ids else {})
+
+
+def call_body(call: Call) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 def drawings(answers: Sequence[Choice], ask: Ask) -> dict[str, Any]:

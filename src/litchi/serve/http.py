@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote
@@ -27,7 +28,7 @@ from litchi.serve.metrics import Meter, Metrics
 from litchi.serve.params import MAX_SEED
 from litchi.serve.sessions import ACTIONS, MakeRoom, World, frame_of
 from litchi.serve.texts import Texts
-from litchi.serve.tokens import Tokens
+from litchi.serve.tokens import Tokens, Words
 from litchi.serve.worker import Busy, Worker
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class Door:
         self.config, self.worker, self.make_room = config, worker, make_room
         self.limits, self.metrics = config.limits, Metrics()
         self.desk = Desk(config, worker, self.metrics)
+        self.words = Words.of(worker.sampler)
         self.worlds = 0
 
     def router(self) -> APIRouter:
@@ -127,7 +129,7 @@ class Door:
         return Response(encode_png(frame_of(seen)), media_type="image/png", headers=headers)
 
     async def chat(self, request: Request) -> Response:
-        ask = await self.desk.read(request, wire.read_chat)
+        ask = await self.desk.read(request, partial(wire.read_chat, style=self.words.style))
         writer = answers.Writer(ask, self.config.model)
         if ask.stream:
             return await self.desk.stream(request, ask.requests, writer)

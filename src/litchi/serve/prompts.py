@@ -10,6 +10,7 @@ from litchi.config import BadInput
 from litchi.schema.request import Request, SamplingParams
 from litchi.schema.sample import Role, Text
 from litchi.serve.fields import Fields
+from litchi.serve.grammars import GUIDED, read_grammar
 from litchi.serve.limits import Limits
 from litchi.serve.params import CHOOSING, GREEDY, MAX_N, SAMPLING, is_ids, read_count, read_params
 from litchi.serve.wire import HARMLESS, check_model, check_text, repeated
@@ -46,7 +47,7 @@ def read_completion(body: dict[str, Any], model: str, limits: Limits) -> Continu
     """A body of POST /v1/completions. Raises BadInput, UnknownModel."""
     fields = Fields(body)
     own = ("model", "prompt", "n", "stream", "stream_options", "logprobs", "echo")
-    fields.known((*own, *SAMPLING, *CHOOSING, *HARMLESS, *NEUTRAL))
+    fields.known((*own, *SAMPLING, *CHOOSING, *HARMLESS, *NEUTRAL, *GUIDED))
     check_model(fields, model)
     for name, values in NEUTRAL.items():
         if fields.get(name) is not None and fields.get(name) not in values:
@@ -57,7 +58,7 @@ def read_completion(body: dict[str, Any], model: str, limits: Limits) -> Continu
         raise BadInput(f"prompt and n ask for {len(prompts) * n} answers, at most {MAX_PROMPTS} at once; send fewer")
     echo, top = fields.flag("echo"), read_count(fields, "logprobs")
     params = read_params(fields, limits, replace(GREEDY, max_tokens=16), least=0 if echo else 1)
-    params = replace(params, logprobs=top is not None, top_logprobs=top or 0)
+    params = replace(params, logprobs=top is not None, top_logprobs=top or 0, grammar=read_grammar(fields))
     if echo and top is not None:
         params = replace(params, prompt_logprobs=max(top, params.prompt_logprobs or 0))
     options = Fields(fields.get("stream_options") or {}, "stream_options.")

@@ -19,6 +19,7 @@ from litchi.config import BadInput
 from litchi.schema.foreign import ForeignProcessor
 from litchi.schema.processor import Processor
 from litchi.schema.sample import Part
+from litchi.serve.calls import Style, style_of
 from litchi.serve.exchange import Desk
 from litchi.serve.fields import Fields
 from litchi.serve.limits import Limits
@@ -46,6 +47,12 @@ class Words:
         """A sampler on a model has both; one at the other end of a wire may have neither."""
         model = getattr(sampler, "model", None)
         return cls(getattr(sampler, "processor", None), getattr(getattr(model, "config", None), "max_length", 0))
+
+    @cached_property
+    def style(self) -> Style:
+        """How the model writes calls of tools."""
+        processor = self.processor
+        return style_of(processor.tokenizer.config.template if isinstance(processor, ForeignProcessor) else "")
 
     @property
     def known(self) -> Processor:

@@ -11,23 +11,32 @@ import numpy as np
 from litchi.config import BadInput
 from litchi.schema.request import DRAWING, Request
 from litchi.schema.sample import Action, Image, Part, Role, Text
+from litchi.serve.calls import Style, Toolbox, as_said, read_calls, read_tools
 from litchi.serve.fields import Fields, show
+from litchi.serve.grammars import GUIDED, read_grammar
 from litchi.serve.limits import Limits, decode_picture
 from litchi.serve.params import CHOOSING, MAX_N, MAX_SEED, MAX_TOP, SAMPLING, read_params
 
 # Said by OpenAI clients, without any bearing on what a small model answers.
-HARMLESS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
+HARMLESS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 # Said by OpenAI clients, and would change the answer: accepted only at the value that changes nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"], ["text", "image"], ["image", "text"]),
 }
-MESSAGE = ("role", "content", "name")
+MESSAGE = ("role", "content", "name", "tool_calls", "tool_call_id")
 # What a client may send back with an assistant's message that it received.
-ECHOED = ("images", "refusal", "annotations", "audio", "function_call", "tool_calls")
-ROLES = {"system": Role.SYSTEM, "developer": Role.SYSTEM, "user": Role.USER, "assistant": Role.ASSISTANT}
+ECHOED = ("images", "refusal", "annotations", "audio", "function_call", "reasoning_content")
+ROLES = {
+    "system": Role.SYSTEM,
+    "developer": Role.SYSTEM,
+    "user": Role.USER,
+    "assistant": Role.ASSISTANT,
+    "tool": Role.TOOL,
+}
+
+
+TOOLS = ("tools", "tool_choice", "parallel_tool_calls")
+NO_TOOLS = Toolbox("hermes")
 
 
 class UnknownModel(BadInput):
@@ -47,25 +56,32 @@ class Ask:
     """Whether choices carry the sampled ids."""
     notes: tuple[str, ...] = ()
     """What was done to the input, in words."""
+    tools: Toolbox = NO_TOOLS
 
 
-def read_chat(body: dict[str, Any], model: str, limits: Limits) -> Ask:
-    """A body of POST /v1/chat/completions. Raises BadInput, UnknownModel."""
+def read_chat(body: dict[str, Any], model: str, limits: Limits, style: Style = "hermes") -> Ask:
+    """A body of POST /v1/chat/completions to a model that writes calls in a style. Raises BadInput, UnknownModel."""
     fields = Fields(body)
     own = ("model", "messages", "n", "stream", "stream_options", "logprobs", "top_logprobs", "return_token_ids")
-    fields.known((*own, *SAMPLING, *CHOOSING, *HARMLESS, *NEUTRAL))
+    fields.known((*own, *SAMPLING, *CHOOSING, *HARMLESS, *NEUTRAL, *GUIDED, *TOOLS))
     check_model(fields, model)
     for name, values in NEUTRAL.items():
         if fields.get(name) is not None and fields.get(name) not in values:
             raise BadInput(f"{name} is not supported by this server; leave it out")
-    parts, notes = read_messages(fields.objects("messages"), limits)
+    tools, grammar = read_tools(fields, style), read_grammar(fields)
+    if tools.grammar is not None and grammar is not None:
+        raise BadInput("tool_choice and response_format ask for two answers at once; leave one out")
+    parts, notes = read_messages(fields.objects("messages"), limits, style)
+    check_text([*tools.told, *(part.text for part in parts if isinstance(part, Text))], limits)
     params = replace(read_params(fields, limits), logprobs=fields.flag("logprobs"))
     params = replace(params, top_logprobs=fields.integer("top_logprobs", 0, 0, MAX_TOP))
+    params = replace(params, grammar=tools.grammar or grammar)
     if params.top_logprobs and not params.logprobs:
         raise BadInput("top_logprobs needs logprobs: send true for that as well")
     options = Fields(fields.get("stream_options") or {}, "stream_options.")
     options.known(("include_usage", "include_obfuscation"))
-    request = Request(parts=parts, want="chat", params=params, height=limits.side, width=limits.side)
+    size = {"height": limits.side, "width": limits.side}
+    request = Request(parts=parts, want="chat", params=params, tools=tools.told, **size)
     return Ask(
         requests=repeated(request, fields.integer("n", 1, 1, MAX_N)),
         seed=params.seed,
@@ -73,6 +89,7 @@ def read_chat(body: dict[str, Any], model: str, limits: Limits) -> Ask:
         usage=options.flag("include_usage"),
         token_ids=fields.flag("return_token_ids"),
         notes=notes,
+        tools=tools,
     )
 
 
@@ -109,26 +126,46 @@ def read_next(body: dict[str, Any], model: str, limits: Limits) -> Ask:
     return Ask(requests=(request,), seed=params.seed)
 
 
-def read_messages(messages: list[Fields], limits: Limits) -> tuple[tuple[Part, ...], tuple[str, ...]]:
+def read_messages(
+    messages: list[Fields], limits: Limits, style: Style = "hermes"
+) -> tuple[tuple[Part, ...], tuple[str, ...]]:
+    """The parts of a conversation, and what was done to them in words."""
     parts: list[Part] = []
     notes: list[str] = []
     for message in messages:
         message.known((*MESSAGE, *ECHOED))
         role = ROLES[message.choice("role", None, tuple(ROLES))]
         content = message.get("content")
-        if isinstance(content, str):
+        calls = read_calls(message) if role is Role.ASSISTANT else []
+        if calls and not isinstance(content, list):
+            parts.append(Text(text=as_said(content if isinstance(content, str) else "", calls, style), role=role))
+        elif role is Role.TOOL:
+            parts.append(Text(text=_result(message), role=role))
+        elif isinstance(content, str):
             parts.append(Text(text=content, role=role))
         else:
             for each in message.objects("content"):
                 part, note = _read_content(each, role, limits)
                 parts.append(part)
                 notes += [note] if note else []
+            if calls:
+                parts.append(Text(text=as_said("", calls, style), role=role))
     if sum(isinstance(p, Image) for p in parts) > limits.max_images:
         raise BadInput(f"at most {limits.max_images} pictures fit into one conversation; drop the oldest messages")
     check_text([p.text for p in parts if isinstance(p, Text)], limits)
-    if parts[-1].role is not Role.USER:
-        raise BadInput("the last message must be the user's: there is nothing to answer")
+    if parts[-1].role not in (Role.USER, Role.TOOL):
+        raise BadInput("the last message must be the user's or a tool's: there is nothing to answer")
     return tuple(parts), tuple(notes)
+
+
+def _result(message: Fields) -> str:
+    """What a tool answered: one text, whatever pieces it came in."""
+    if isinstance(message.get("content"), str):
+        return message.text("content")
+    pieces = message.objects("content")
+    for piece in pieces:
+        piece.choice("type", None, ("text",))
+    return "".join(piece.text("text") for piece in pieces)
 
 
 def _read_content(fields: Fields, role: Role, limits: Limits) -> tuple[Part, str]:
