@@ -22,7 +22,7 @@ from litchi.serve import answers
 from litchi.serve.answers import Choice
 from litchi.serve.limits import TooLarge, read_body, read_json
 from litchi.serve.metrics import Metrics
-from litchi.serve.wire import UnknownModel
+from litchi.serve.wire import Missing, UnknownModel
 from litchi.serve.worker import Busy, Job, Worker
 
 if TYPE_CHECKING:
@@ -162,6 +162,8 @@ def described(error: Exception) -> tuple[int, dict[str, Any]]:
     match error:
         case UnknownModel():
             return 404, answers.error(str(error), "model_not_found")
+        case Missing():
+            return 404, answers.error(str(error), "not_found")
         case TooLarge():
             return 413, answers.error(str(error), "too_large")
         case BadInput():

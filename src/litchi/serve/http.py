@@ -26,6 +26,7 @@ from litchi.serve.guard import SUBPROTOCOL, Guard
 from litchi.serve.limits import decode_picture, encode_png, read_json
 from litchi.serve.metrics import Meter, Metrics
 from litchi.serve.params import MAX_SEED
+from litchi.serve.replies import Replies
 from litchi.serve.sessions import ACTIONS, MakeRoom, World, frame_of
 from litchi.serve.texts import Texts
 from litchi.serve.tokens import Tokens, Words
@@ -62,6 +63,7 @@ def create_app(config: ServeConfig, worker: Worker, make_room: MakeRoom) -> Fast
     app.include_router(door.router())
     app.include_router(Texts(door.desk).router())
     app.include_router(Tokens(door.desk).router())
+    app.include_router(Replies(door.desk, door.words).router())
     app.mount("/web", StaticFiles(directory=WEB), name="web")
     app.add_middleware(Guard, key=config.api_key, hosts=config.hosts)
     app.add_middleware(Meter, metrics=door.metrics)  # outermost: what the guard refuses is counted too

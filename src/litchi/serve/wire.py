@@ -39,8 +39,12 @@ TOOLS = ("tools", "tool_choice", "parallel_tool_calls")
 NO_TOOLS = Toolbox("hermes")
 
 
-class UnknownModel(BadInput):
-    """Bad input that asks for a model that is not here: HTTP 404."""
+class Missing(BadInput):
+    """Bad input that names what is not here: HTTP 404."""
+
+
+class UnknownModel(Missing):
+    """A model that is not here."""
 
 
 @dataclass(frozen=True, slots=True)
