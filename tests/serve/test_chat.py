@@ -335,7 +335,7 @@ def wait_for(condition) -> None:
     raise AssertionError("it did not come about within ten seconds")
 
 
-def test_a_key_is_asked_for_under_v1_only(serve):
+def test_a_key_is_asked_for_but_not_by_the_page(serve):
     with serve(api_key="clé secrète") as served:
         address = f"{served.url}/v1/models"
         assert httpx.get(address).status_code == 401

@@ -159,6 +159,11 @@ BAD = {
     "no tools": ({"tool_choice": "required"}, "tool_choice needs tools"),
     "schema": ({"tools": [tool(parameters={"type": "nonsense"})], "tool_choice": "required"}, "does not work"),
     "deep": ({"tools": [tool(parameters={"a": json.loads("[" * 40 + "]" * 40)})]}, "more than 32 levels"),
+    "long": (
+        {"tools": [tool(name=f"a{i}", description="", parameters={"const": "x" * 30_000}) for i in range(5)]}
+        | {"tool_choice": "required"},
+        "longer than 131072 characters",
+    ),
     "two grammars": (
         {"tools": [STOP], "tool_choice": "required", "response_format": {"type": "json_object"}},
         "leave one out",

@@ -23,7 +23,7 @@ Style = Literal["hermes", "llama"]
 """`<tool_call>{"name": ..., "arguments": ...}</tool_call>`, as Hermes and Qwen write, or `{"name": ..., "parameters":
 ...}` and nothing else, as Llama 3.1 does."""
 
-MAX_TOOLS, MAX_NAME, MAX_CALLS = 64, 64, 32
+MAX_TOOLS, MAX_NAME, MAX_CALLS, MAX_GRAMMAR = 64, 64, 32, 131_072
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 ARGUMENTS: dict[Style, str] = {"hermes": "arguments", "llama": "parameters"}
@@ -76,6 +76,8 @@ def read_tools(fields: Fields, style: Style) -> Toolbox:
     several = choice == "required" and fields.flag("parallel_tool_calls", True)
     grammar = None if choice in (None, "auto") else forced(wanted, style, several=several)
     if grammar is not None:
+        if len(grammar.source) > MAX_GRAMMAR:
+            raise BadInput(f"{fields.where}tools: their schemas are longer than {MAX_GRAMMAR} characters together")
         check(grammar)
     return Toolbox(style, told, tuple(names), grammar)
 

@@ -37,7 +37,7 @@ class ServeConfig:
     abilities: tuple[str, ...] = ("see", "draw", "dream")
     """What the model does besides talking, as /v1/models tells; the page shows no more than that."""
     api_key: str = ""
-    """If set, every endpoint under /v1 asks for it."""
+    """If set, every path asks for it but the page and /health."""
     allowed_hosts: tuple[str, ...] = ()
     """Host names that the door answers to; empty: the loopback names on loopback, any elsewhere."""
     side: int = 64

@@ -18,16 +18,21 @@ from litchi.schema.request import Grammar
 
 SECONDS, CPU_SECONDS, BYTES = 20, 4, 4 << 30
 COMMAND = ["-m", "litchi.serve.trial"]
-MAX_AT_ONCE = 2
+MAX_AT_ONCE, WAIT = 2, 5
 PLACES = threading.BoundedSemaphore(MAX_AT_ONCE)
 
 
 @lru_cache(maxsize=256)
 def check(grammar: Grammar) -> None:
-    """Raises BadInput for a grammar that does not compile within the limits; blocks for as long as that takes."""
+    """Blocks for as long as that takes.
+
+    Raises BadInput for a grammar that does not compile within the limits, Busy if others are waited for too long.
+    """
     need("serve", "llguidance")
-    if not PLACES.acquire(timeout=SECONDS):
-        raise BadInput("too many grammars are being compiled; try again")
+    if not PLACES.acquire(timeout=WAIT):
+        from litchi.serve.worker import Busy  # here, so that the child starts without torch
+
+        raise Busy(WAIT)
     try:
         command = [sys.executable, *COMMAND]
         told = json.dumps([grammar.kind, grammar.source])
