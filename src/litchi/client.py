@@ -18,8 +18,15 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from litchi.config import BadInput
-from litchi.schema.request import Completion, Delta, Request
+from litchi.schema.request import Completion, Delta, Request, SamplingParams
 from litchi.schema.sample import Action, Image, Part, Role, Text, Video
+
+USUAL = SamplingParams()
+CHOOSING = (
+    "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "stop_token_ids", "min_tokens",
+    "ignore_eos",
+)  # fmt: skip
+"""What is said only where it is not as usual: older servers do not know it, and drawings have no use for it."""
 
 
 class ServerError(RuntimeError):
@@ -129,7 +136,10 @@ def _refusal(answer: http.client.HTTPResponse) -> Exception:
 def _sampling(request: Request) -> dict[str, Any]:
     p = request.params
     shape = {"temperature": p.temperature, "top_p": p.top_p, "top_k": p.top_k, "seed": p.seed, "steps": p.steps}
-    return {"max_tokens": p.max_tokens, "stop": list(p.stop)} | shape
+    other = {name: getattr(p, name) for name in CHOOSING if getattr(p, name) != getattr(USUAL, name)}
+    if p.logit_bias:
+        other["logit_bias"] = {str(index): bias for index, bias in p.logit_bias}
+    return {"max_tokens": p.max_tokens, "stop": list(p.stop)} | shape | other
 
 
 def _messages(parts: tuple[Part, ...]) -> list[dict[str, Any]]:

@@ -25,8 +25,8 @@ from litchi.eval.tasks.watch import score as score_film
 from litchi.eval.tasks.watch import watch
 from litchi.schema.episode import Episode
 from litchi.schema.protocol import Sampler
-from litchi.schema.request import Request
-from litchi.schema.sample import Action, Sample, Text
+from litchi.schema.request import Request, SamplingParams
+from litchi.schema.sample import Action, Role, Sample, Text
 from tests.eval.samplers import Copier, Oracle, Quiet, samples
 
 COUNTS = {"talk": 6, "describe": 8, "draw": 40, "foresee": 3, "watch": 8}
@@ -307,3 +307,11 @@ def test_a_name_counts_whole_and_a_guesser_is_scored_beside_it() -> None:
     assert item.truth == {"answer": "Food and drink", "guess": "objects"} and item.kind == "category"
     assert task.score("", item.truth, " food  and drink.") == {"n": 1.0, "right": 1.0, "guess_right": 0.0}
     assert task.score("", item.truth, "food")["right"] == 0.0
+
+
+def test_a_digest_outlives_fields_that_came_later_until_they_say_something() -> None:
+    """The value was computed before penalties, ids and tools could be asked for."""
+    request = Request(parts=(Text(text="hi", role=Role.USER),), params=SamplingParams(seed=3, stop=("a",)))
+    assert digest(request) == "bace6cf3a05619a3adafd9fb17769fb364e12f8bac7f5fd0b3ed6a3a7b938172"
+    others = [replace(request, tokens=(1,)), replace(request, params=replace(request.params, min_p=0.1))]
+    assert len({digest(request), *map(digest, others)}) == 3

@@ -123,3 +123,69 @@ def test_greedy_words_do_not_make_a_greedy_picture() -> None:
     greedy, warm = SamplingParams(seed=5, steps=3), SamplingParams(temperature=0.5, top_p=0.7)
     assert drawing(greedy) == replace(DRAWING, seed=5, steps=3)
     assert drawing(warm) is warm
+
+
+# ---- what is wanted beside turns ----------------------------------------------------------------------------------
+
+
+def test_plain_text_goes_on_as_the_oracles_with_the_prompt_told() -> None:
+    p = processor()
+    ids = tuple(p.tokenizer.encode("where is the red"))
+    params = SamplingParams(max_tokens=8, temperature=1.0, seed=3, logprobs=True, top_logprobs=2, prompt_logprobs=2)
+    fast, slow = pair(flow=False)
+    a, b = (g.complete(Request(parts=(), tokens=ids, want="text", params=params)) for g in (fast, slow))
+    assert a.tokens == b.tokens and a.text == b.text and len(a.prompt) == a.prompt_tokens == len(ids)
+    assert [s.token for s in a.prompt] == list(ids) and a.prompt[0].logprob is None
+    for one, other in zip(a.prompt[1:] + a.scored, b.prompt[1:] + b.scored, strict=True):
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-4) and len(one.top) == 2
+    untold = replace(params, prompt_logprobs=None)
+    assert fast.complete(Request(parts=(), tokens=ids, want="text", params=untold)).tokens == a.tokens
+
+
+def test_what_the_prompt_was_worth_is_what_sampling_it_would_have_told() -> None:
+    """Token by token: the likelihood of each is that of the next one after the ids before it."""
+    generator = pair(flow=False)[0]
+    ids = tuple(processor().tokenizer.encode("where is the red"))
+    told = generator.complete(
+        Request(parts=(), tokens=ids, want="text", params=SamplingParams(max_tokens=0, prompt_logprobs=0))
+    )
+    assert not told.tokens and told.finish == "length"
+    for place in range(1, len(ids)):
+        only = SamplingParams(max_tokens=1, logprobs=True, logit_bias=((ids[place], 100.0),))
+        made = generator.complete(Request(parts=(), tokens=ids[:place], want="text", params=only))
+        assert made.tokens == (ids[place],)
+        assert made.logprobs[0] == pytest.approx(told.prompt[place].logprob, abs=1e-4)
+
+
+def test_pictures_in_a_prompt_are_worth_nothing_by_themselves() -> None:
+    params = SamplingParams(max_tokens=0, prompt_logprobs=1)
+    request = Request(parts=(Image(pixels=PIXELS, role=Role.USER), HELLO), params=params, height=8, width=16)
+    told = pair(flow=False)[0].complete(request).prompt
+    patch = processor().tokenizer.patch
+    assert {s.logprob is None for s in told if s.token == patch} == {True}
+    assert {s.logprob is None for s in told[1:] if s.token != patch} == {False}
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_an_embedding_is_the_oracles_and_has_length_one(pooling: str) -> None:
+    request = Request(parts=(HELLO,), want="embed", pooling=pooling, params=SamplingParams(max_tokens=0))
+    a, b = (np.array(g.complete(request).vector) for g in pair(flow=False))
+    np.testing.assert_allclose(a, b, atol=1e-5)
+    assert np.linalg.norm(a) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"tokens": (10**6,)}, "the prompt names the id"),
+        ({"params": SamplingParams(stop_token_ids=(10**6,))}, "stop_token_ids names the id"),
+        ({"params": SamplingParams(logit_bias=((10**6, 1.0),))}, "logit_bias names the id"),
+        ({"parts": (), "want": "text"}, "no tokens"),
+        ({"parts": (), "want": "embed"}, "no tokens"),
+        ({"tools": ("{}",)}, "trained without tools"),
+    ],
+)
+def test_what_the_network_does_not_know_is_refused_before_it_reads(change: dict, reason: str) -> None:
+    generator = pair(flow=False)[0]
+    with pytest.raises(BadInput, match=reason):
+        generator.complete(replace(Request(parts=(HELLO,), height=8, width=16), **change))

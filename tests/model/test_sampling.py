@@ -10,12 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from litchi.model.sampling import CERTAIN, euler, reveal, sample_token, truncate
+from litchi.model.sampling import CERTAIN, Past, adjust, euler, reveal, sample_token, score, truncate
 from litchi.schema.arrays import MASK
 from litchi.schema.request import SamplingParams
+from litchi.schema.spelling import Spellings
 
 laws = settings(max_examples=50, deadline=None, derandomize=True)
 scores = st.lists(st.integers(-40, 40), min_size=1, max_size=12).map(lambda xs: [x / 8 for x in xs])
+
+
+MIN_P = st.sampled_from([0.0, 0.07, 0.61])
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -25,10 +29,11 @@ def generator(seed: int = 0) -> torch.Generator:
 def slow_shares(values: list[float], params: SamplingParams) -> list[float]:
     """Probabilities by the book: heat, sort, keep the best few, keep the best mass, share what is left."""
     heated = [math.exp(v / params.temperature) for v in values]
+    least = params.min_p * max(heated) / sum(heated)
     share = [h / sum(heated) for h in heated]
     kept, mass = [], 0.0
     for index in sorted(range(len(values)), key=lambda i: (-share[i], i)):
-        if mass >= params.top_p or (params.top_k and len(kept) == params.top_k):
+        if mass >= params.top_p or (params.top_k and len(kept) == params.top_k) or share[index] < least:
             break
         kept.append(index)
         mass += share[index]
@@ -36,15 +41,20 @@ def slow_shares(values: list[float], params: SamplingParams) -> list[float]:
 
 
 @laws
-@given(scores, st.sampled_from([0.3, 1.0, 2.0]), st.sampled_from([0.05, 0.5, 0.83, 1.0]), st.integers(0, 5))
-def test_truncation_is_what_the_slow_reference_says(values, temperature: float, top_p: float, top_k: int) -> None:
-    params = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k)
+@given(scores, st.sampled_from([0.3, 1.0, 2.0]), st.sampled_from([0.05, 0.5, 0.83, 1.0]), st.integers(0, 5), MIN_P)
+def test_truncation_is_what_the_slow_reference_says(
+    values, temperature: float, top_p: float, top_k: int, min_p: float
+) -> None:
+    params = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
     heated = torch.tensor(values).log_softmax(-1) / temperature
     found = truncate(heated, params)
     expected = torch.tensor(slow_shares(values, params))
     best = heated.softmax(-1).sort(descending=True).values.cumsum(-1)
     if bool(((best - top_p).abs() < 1e-5).any()):
         return  # whether mass has reached top_p is then a question of rounding
+    shares = heated.softmax(-1)
+    if bool(((shares - min_p * shares.max()).abs() < 1e-6).any()) and 0 < min_p < 1:
+        return  # and here whether a share has reached min_p
     torch.testing.assert_close(found / found.sum(), expected, rtol=1e-4, atol=1e-6)
 
 
@@ -133,3 +143,55 @@ def test_a_flow_that_knows_the_answer_arrives_at_it(steps: int) -> None:
     for step in range(steps):
         value = euler(value, clean, step / steps, 1 / steps)
     torch.testing.assert_close(value, clean)
+
+
+# ---- penalties and bias -------------------------------------------------------------------------------------------
+
+
+@laws
+@given(
+    scores,
+    st.lists(st.integers(0, 11), max_size=6),
+    st.lists(st.integers(0, 11), max_size=6),
+    st.sampled_from([(1.0, 0.0, 0.0), (1.5, 0.0, 0.0), (1.0, 0.7, 0.0), (1.0, 0.0, -0.4), (0.5, 0.3, 0.2)]),
+    st.sampled_from([(), ((0, 5.0),), ((0, -100.0),)]),
+)
+def test_penalties_are_what_the_slow_reference_says(values, read, said, penalties, bias) -> None:
+    repetition, frequency, presence = penalties
+    read, said = ([i for i in ids if i < len(values)] for ids in (read, said))
+    params = SamplingParams(
+        repetition_penalty=repetition, frequency_penalty=frequency, presence_penalty=presence, logit_bias=bias
+    )
+    past = Past.of(read, len(values))
+    for index in said:
+        past.say(index)
+    expected = []
+    for index, value in enumerate(values):
+        if index in {*read, *said}:
+            value = value / repetition if value > 0 else value * repetition
+        value -= frequency * said.count(index) + presence * (index in said)
+        expected.append(value + dict(bias).get(index, 0.0))
+    given_V = torch.tensor(values)
+    torch.testing.assert_close(adjust(given_V, params, past), torch.tensor(expected), rtol=1e-5, atol=1e-5)
+    assert given_V.tolist() == torch.tensor(values).tolist(), "the scores themselves stay as they are"
+
+
+class Plain(Spellings):
+    """Ids spelled by their numbers."""
+
+    def __init__(self) -> None:
+        self.known = {index: str(index).encode() for index in range(12)}
+
+
+@laws
+@given(scores, st.integers(0, 4), st.data())
+def test_scored_tokens_are_ranked_among_all(values, count: int, data) -> None:
+    index = data.draw(st.integers(0, len(values) - 1))
+    [found] = score(torch.tensor([values]), [index], count, Plain())
+    total = math.log(sum(map(math.exp, values)))
+    assert found.logprob == pytest.approx(values[index] - total, abs=1e-4) and found.spelling == str(index).encode()
+    assert found.rank == 1 + sum(value > values[index] for value in values)
+    assert [each.rank for each in found.top] == list(range(1, min(count, len(values)) + 1))
+    best = sorted(values, reverse=True)
+    for each, value in zip(found.top, best, strict=False):
+        assert each.logprob == pytest.approx(value - total, abs=1e-4) and values[each.token] == value

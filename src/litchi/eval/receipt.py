@@ -39,9 +39,21 @@ def question(
     return Item(key, sample.key, digest(request), truth, lambda sampler: read(sampler.complete(request)), part, kind)
 
 
+FIRST_FIELDS = frozenset("parts want params space height width".split())
+FIRST_PARAMS = frozenset("max_tokens temperature top_p top_k seed steps stop logprobs".split())
+
+
 def digest(request: Request) -> str:
-    """SHA-256 of a request: every field, arrays by their bytes."""
-    return hashlib.sha256(json.dumps(asdict(request), default=plain_array, sort_keys=True).encode()).hexdigest()
+    """SHA-256 of a request: every field, arrays by their bytes.
+
+    A field that came after the first receipts counts only where it says something, so that those stay comparable.
+    """
+    plain, usual = asdict(request), asdict(Request(parts=()))
+    for fields, default, first in ((plain["params"], usual["params"], FIRST_PARAMS), (plain, usual, FIRST_FIELDS)):
+        for name in fields.keys() - first:
+            if fields[name] == default[name]:
+                del fields[name]
+    return hashlib.sha256(json.dumps(plain, default=plain_array, sort_keys=True).encode()).hexdigest()
 
 
 def plain_array(value: np.ndarray) -> Json:

@@ -36,7 +36,7 @@ class Generator:
     @torch.no_grad()
     def stream(self, request: Request) -> Iterator[Delta]:
         """Answer piece by piece; the last delta carries the reason why it ends, and the length of the prompt."""
-        steps = Program(self.model, self.processor, request).steps()
+        steps = Program(self.model, self.processor, request, self.logits).steps()
         cache = KVCache.empty(self.model.config.num_layers) if self.cached else None
         reader = Reader(self.model, cache, self.dtype)
         step = next(steps, None)
@@ -50,6 +50,10 @@ class Generator:
                 step = steps.send(found)
             except StopIteration:
                 return
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        with torch.autocast(x_TD.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            return self.model.logits(x_TD).float()
 
 
 @dataclass(slots=True)
@@ -93,4 +97,9 @@ def whole(deltas: list[Delta]) -> Completion:
         prompt_tokens=deltas[-1].prompt_tokens,
         tokens=tuple(t for d in deltas for t in d.tokens),
         logprobs=tuple(p for d in deltas for p in d.logprobs),
+        scored=tuple(s for d in deltas for s in d.scored),
+        prompt=tuple(s for d in deltas for s in d.prompt),
+        vector=deltas[-1].vector,
+        matched=deltas[-1].matched,
+        ended=deltas[-1].ended,
     )

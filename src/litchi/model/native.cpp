@@ -383,7 +383,7 @@ int litchi_run(const Network* n, const Call* c) {
 
 long litchi_head_room(const Network* n, int rows) { return Rows::bytes(n->width, rows); }
 
-void litchi_head(const Network* n, const float* x, int rows, float* logits, int threads, char* room) {
+void litchi_head(const Network* n, const float* x, int rows, int normed_before, float* logits, int threads, char* room) {
   Rows normed = take_rows(room, n->head.kind, n->width, rows);
   Team team{0};
 #pragma omp parallel num_threads(threads)
@@ -392,7 +392,8 @@ void litchi_head(const Network* n, const float* x, int rows, float* logits, int 
     team.size = omp_get_num_threads();
     Thread thread{team, omp_get_thread_num()};
     Range own = thread.share(rows);
-    for (long t = own.first; t < own.last; ++t) norm(x + t * n->width, n->norm, n->width, n->epsilon, normed, t);
+    const float* weight = normed_before ? nullptr : n->norm;
+    for (long t = own.first; t < own.last; ++t) norm(x + t * n->width, weight, n->width, n->epsilon, normed, t);
     thread.meet();
     long V = n->head.outputs;
     product(n->head, normed, rows, thread.share((V + BLOCK - 1) / BLOCK), [&](long row, int panel, float* o) {

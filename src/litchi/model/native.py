@@ -94,7 +94,7 @@ def library(flags: tuple[str, ...] = ()) -> ctypes.CDLL:
     lib.litchi_room.argtypes, lib.litchi_room.restype = [c_void_p, c_void_p], c_long
     lib.litchi_run.argtypes = [c_void_p, c_void_p]
     lib.litchi_head_room.argtypes, lib.litchi_head_room.restype = [c_void_p, c_int32], c_long
-    lib.litchi_head.argtypes = [c_void_p, c_void_p, c_int32, c_void_p, c_int32, c_void_p]
+    lib.litchi_head.argtypes = [c_void_p, c_void_p, c_int32, c_int32, c_void_p, c_int32, c_void_p]
     lib.litchi_settle.argtypes = [c_void_p, c_long]
     return lib
 
@@ -210,13 +210,20 @@ class Trunk:
             raise BadInput("a sequence, slot, end or page lies outside of the tables: see Trunk.run for their meaning")
         return hidden_TD
 
-    def logits(self, hidden_ND: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
-        """The last norm and the language head on some of the rows that `run` gave; fp32."""
+    def logits(self, hidden_ND: Float[Tensor, "N D"], *, normed: bool = False) -> Float[Tensor, "N V"]:
+        """The last norm, unless rows are `normed`, and the language head on rows that `run` gave; fp32."""
         assert hidden_ND.dtype == torch.float32
         hidden_ND = hidden_ND.contiguous()
         logits_NV = torch.empty(len(hidden_ND), self.config.vocab_size)
         self.reserve(self.lib.litchi_head_room(self.at_network, len(hidden_ND)))
-        arguments = hidden_ND.data_ptr(), len(hidden_ND), logits_NV.data_ptr(), self.threads, self.room.data_ptr()
+        arguments = (
+            hidden_ND.data_ptr(),
+            len(hidden_ND),
+            int(normed),
+            logits_NV.data_ptr(),
+            self.threads,
+            self.room.data_ptr(),
+        )
         self.lib.litchi_head(self.at_network, *arguments)
         return logits_NV
 

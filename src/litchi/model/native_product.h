@@ -363,6 +363,10 @@ INLINE float inverse_root(const float* x, int width, float epsilon) {
 }
 
 void norm(const float* x, const float* weight, int width, float epsilon, const Rows& to, long row) {
+  if (!weight) {  // it has been done
+    for (int i = 0; i < width; i += BLOCK) to.keep(row, i / BLOCK, load(x + i), load(x + i + 16));
+    return;
+  }
   v16 size = all(inverse_root(x, width, epsilon));
   for (int i = 0; i < width; i += BLOCK)
     to.keep(row, i / BLOCK, load(x + i) * size * load(weight + i), load(x + i + 16) * size * load(weight + i + 16));

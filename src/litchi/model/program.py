@@ -7,18 +7,19 @@ reads for many programs at once, and both must find the same.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from litchi.config import BadInput
+from litchi.model.chooser import Chooser
 from litchi.model.network import Flow, Mask, Model, Velocity
-from litchi.model.sampling import euler, reveal, sample_token
+from litchi.model.sampling import euler, reveal, sample_token, score
 from litchi.schema.arrays import MASK
 from litchi.schema.processor import Builder, Continuous, Discrete, Processor, grid_places
-from litchi.schema.request import DRAWING, Delta, Request, SamplingParams
+from litchi.schema.request import DRAWING, Delta, Request, SamplingParams, Scored
 from litchi.schema.sample import Action, Image, Role
 from litchi.schema.sequence import Modality
 
@@ -27,13 +28,18 @@ CANNOT_DRAW = "this checkpoint has no codec, so that it cannot draw: ask it for 
 FLOW_STEPS = 20
 """Euler steps of a flow when the request names none."""
 
+ROWS = 64
+"""Tokens of a prompt that are scored at once: scores are as wide as the vocabulary."""
+
 
 @dataclass(frozen=True, slots=True)
 class Read:
     """Read what of a document is new.
 
     `rows` hidden states (rows, D) of its end are wanted, or with `scores` the scores (V,) of the next token; neither,
-    and the answer is None. A draft is read and forgotten: a span that is not clean yet.
+    and the answer is None. A draft is read and forgotten: a span that is not clean yet. The first read of a program may
+    want the rows of its whole prompt (an embedding, or what each token of the prompt was worth): a cache that other
+    requests filled does not hold them.
     """
 
     builder: Builder
@@ -48,16 +54,27 @@ Steps = Generator[Read | Delta, Tensor | None, None]
 class Program:
     """One request, its document, and its randomness."""
 
-    def __init__(self, model: Model, processor: Processor, request: Request) -> None:
-        """Raises BadInput if the prompt is longer than the network reads."""
+    def __init__(
+        self,
+        model: Model,
+        processor: Processor,
+        request: Request,
+        logits: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """Raises BadInput if the prompt is empty or too long for the network, and for what `Chooser` refuses."""
         self.model, self.processor, self.request = model, processor, request
-        self.params = request.params
+        self.params, self.logits = request.params, logits or model.logits
         self.generator = torch.Generator().manual_seed(request.params.seed)
-        self.builder = processor.prompt(request.parts)
+        self.chooser = Chooser(processor, self.params, model.config.vocab_size, self.generator)
+        self.builder = processor.prompt(request.parts, request.tools)
+        for index in self.chooser.known(request.tokens, "the prompt"):
+            self.builder.token(index)
         self.prompt_tokens = len(self.builder.tokens)
-        if self.full():
-            most = model.config.max_length
+        most, silent = model.config.max_length, request.want == "embed" or not self.params.max_tokens
+        if 0 < most < self.prompt_tokens + (not silent):
             raise BadInput(f"the prompt has {self.prompt_tokens} tokens, this model reads {most}: shorten it")
+        if not self.prompt_tokens and request.want in ("text", "embed"):
+            raise BadInput("the prompt has no tokens: there is nothing to go on from; send a word")
 
     def full(self) -> bool:
         """Whether the document has as many tokens as the network may read."""
@@ -78,7 +95,12 @@ class Program:
     def answer(self) -> Steps:
         match self.request.want:
             case "chat":
-                yield from self.chat()
+                self.processor.open(self.builder, self.request.parts)
+                yield from self.say()
+            case "text":
+                yield from self.say()
+            case "embed":
+                yield from self.embed()
             case "image":
                 yield from self.plan()
             case "frame":
@@ -90,35 +112,68 @@ class Program:
 
     # ---- text ----
 
-    def chat(self) -> Steps:
-        """Sample until the turn ends: at its end token, or with a picture where the model opens one."""
-        tokenizer, params = self.processor.tokenizer, self.params
-        self.processor.open(self.builder, self.request.parts)
+    def say(self) -> Steps:
+        """Sample until the answer ends: at an end, or in a turn with a picture where the model opens one."""
+        tokenizer, params, chooser = self.processor.tokenizer, self.params, self.chooser
+        first_V = yield from self.tell_prompt()
+        chooser.begin(self.builder.tokens)
         ids: list[int] = []
         said = ""
-        for _ in range(params.max_tokens):
-            scores_V = yield from self.scores()
-            index, logprob = sample_token(self.speakable(scores_V), params, self.generator)
-            logprobs = (logprob,) if params.logprobs else ()
-            if index in tokenizer.ends:
-                yield Delta(text=tokenizer.decode(ids)[len(said) :], finish="stop")
+        for count in range(1, params.max_tokens + 1):
+            scores_V = first_V if first_V is not None and count == 1 else (yield from self.scores())
+            index = chooser.choose(scores_V, count, pictures=self.request.want == "chat")
+            told = chooser.told(index, scores_V)
+            if index in chooser.ends:
+                matched = index if index in params.stop_token_ids else None
+                ended = next(iter(told.scored), None)
+                yield Delta(text=tokenizer.decode(ids)[len(said) :], finish="stop", matched=matched, ended=ended)
                 return
+            chooser.say(index)
             self.builder.token(index)
             if index == tokenizer.picture:
                 picture = yield from self.draw(Role.ASSISTANT, drawing(params))
-                yield Delta(part=picture, tokens=(index,), logprobs=logprobs, finish="stop")
+                yield replace(told, part=picture, finish="stop")
                 return
             ids.append(index)
             text = tokenizer.decode(ids)
-            if cut := [text.index(stop) for stop in params.stop if stop in text]:
-                yield Delta(text=text[len(said) : min(cut)], tokens=(index,), logprobs=logprobs, finish="stop")
+            # What may begin a stop string has not been said yet.
+            cuts = [(place, stop) for stop in params.stop if (place := text.find(stop, len(said))) >= 0]
+            if cuts and count >= params.min_tokens:
+                place, stop = min(cuts)
+                yield replace(told, text=text[len(said) : place], finish="stop", matched=stop)
+                return
+            if chooser.done:
+                yield replace(told, text=text[len(said) :], finish="stop")
                 return
             sure = max(len(said), len(text) - held(text, params.stop))
-            yield Delta(text=text[len(said) : sure], tokens=(index,), logprobs=logprobs)
+            yield replace(told, text=text[len(said) : sure])
             said = text[:sure]
             if self.full():
                 break
         yield Delta(text=tokenizer.decode(ids)[len(said) :], finish="length")
+
+    def tell_prompt(self) -> Generator[Read | Delta, Tensor | None, Tensor | None]:
+        """What each token of the prompt was worth, if that is asked; then also the scores (V,) of the next token."""
+        count, ids = self.params.prompt_logprobs, self.builder.tokens
+        if count is None:
+            return None
+        x_TD = yield Read(self.builder, rows=len(ids))
+        assert x_TD is not None
+        spellings = self.processor.tokenizer.spellings
+        told = [Scored(ids[0], spellings[ids[0]], None)]
+        for start in range(1, len(ids), ROWS):
+            logits_NV = self.logits(x_TD[start - 1 : start - 1 + ROWS])
+            told += score(logits_NV[: len(ids) - start], ids[start : start + ROWS], count, spellings)
+        shown = {int(i) for blocks in self.builder.rows.values() for block in blocks for i in block.index}
+        yield Delta(prompt=tuple(replace(s, logprob=None, top=()) if i in shown else s for i, s in enumerate(told)))
+        return self.logits(x_TD[-1])
+
+    def embed(self) -> Steps:
+        """One vector (D,) of length 1 that stands for the prompt."""
+        x_TD = yield Read(self.builder, rows=len(self.builder.tokens))
+        assert x_TD is not None
+        pooled_D = x_TD.float().mean(0) if self.request.pooling == "mean" else x_TD[-1].float()
+        yield Delta(vector=tuple(torch.nn.functional.normalize(pooled_D, dim=0).tolist()), finish="stop")
 
     def plan(self) -> Steps:
         """Sample words until the model opens a picture, and draw it: the turn may not end without one."""
@@ -129,7 +184,7 @@ class Program:
         ids: list[int] = []
         for _ in range(params.max_tokens):
             scores_V = yield from self.scores()
-            scores_V = self.speakable(scores_V)
+            scores_V = self.chooser.speakable(scores_V)
             scores_V[list(tokenizer.ends)] = float("-inf")
             index, _ = sample_token(scores_V, params, self.generator)
             if index == tokenizer.picture:
@@ -146,10 +201,6 @@ class Program:
         found = yield Read(self.builder, scores=True)
         assert found is not None
         return found
-
-    def speakable(self, scores_V: Tensor) -> Tensor:
-        """A copy of the scores with what a turn cannot hold ruled out: roles, padding, placeholders and actions."""
-        return scores_V.index_fill(0, self.processor.unspeakable, float("-inf"))
 
     # ---- pictures ----
 

@@ -16,6 +16,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -143,15 +144,15 @@ class ChatTemplate:
         self.headers = header_pattern(role_headers(probes))
         self.header_ids = self.find_header_ids(probes)
 
-    def encode(self, messages: Sequence[Message], *, opened: bool) -> ChatTokens:
+    def encode(self, messages: Sequence[Message], *, opened: bool, tools: Sequence[str] = ()) -> ChatTokens:
         """The ids of a conversation with their loss weights; with `opened` they end where an assistant begins to speak.
 
-        Weight falls on what an assistant says and on the control token that ends it. Raises BadInput if the template
-        refuses the conversation or does more to a text than trim or quote it, and if a text holds a role header that
-        the tokenizer can spell in one way only.
+        Weight falls on what an assistant says and on the control token that ends it. `tools` are JSON objects that the
+        template lays out. Raises BadInput if the template refuses the conversation, shows no tools, or does more to a
+        text than trim or quote it, and if a text holds a role header that the tokenizer can spell in one way only.
         """
         told = said(messages)
-        script = self.script(self.stretches(messages, opened), told)
+        script = self.script(self.stretches(messages, opened, self.checked(tools)), told)
         spelling = self.spelled(script)
         weight_at = [0.0] * (len(script.text) + 1)
         for turn in script.turns:
@@ -163,13 +164,35 @@ class ChatTemplate:
             weights.append(max(weight_at[start : start + length]))
         return ChatTokens(spelling.ids, weights)
 
-    def stretches(self, messages: Sequence[Message], opened: bool) -> list[Stretch]:
+    def checked(self, tools: Sequence[str]) -> list[Any]:
+        """Tools as the template is given them: a part of its own text, where nobody may write control tokens."""
+        if tools and not self.shows_tools:
+            raise BadInput("this model's chat template shows no tools: leave them out")
+        for tool in tools:
+            plain = json.dumps(json.loads(tool), ensure_ascii=False)
+            for text in (plain, *texts_in(json.loads(tool))):
+                if found := self.speller.pattern.search(text) or self.headers.search(text):
+                    raise BadInput(
+                        f"a tool holds {found[1]!r}, by which this chat template speaks; write it differently"
+                    )
+        return [json.loads(tool) for tool in tools]
+
+    @cached_property
+    def shows_tools(self) -> bool:
+        word = secret_word()
+        tool = {"type": "function", "function": {"name": word, "description": "", "parameters": {"type": "object"}}}
+        try:
+            return word in self.render([Message(Role.USER, "q")], ["q"], opened=True, tools=[tool])
+        except BadInput:
+            return False
+
+    def stretches(self, messages: Sequence[Message], opened: bool, tools: Sequence[Any] = ()) -> list[Stretch]:
         """The conversation as the template lays it out, what is said told apart from its own text."""
         if not messages:
             raise BadInput("a conversation has one message at least")
         told = said(messages)
         marks = [secret_word() for _ in told]
-        pieces = re.split(f"({'|'.join(marks) or '(?!)'})", self.render(messages, marks, opened))
+        pieces = re.split(f"({'|'.join(marks) or '(?!)'})", self.render(messages, marks, opened, tools))
         own, order = pieces[::2], [marks.index(mark) for mark in pieces[1::2]]
         for index, message in enumerate(told):
             if (times := order.count(index)) != 1:
@@ -177,7 +200,7 @@ class ChatTemplate:
                     f"the chat template shows message {index}, by {message.role.value}, {times} times and not once;"
                     " leave the message out or mend the template"
                 )
-        real = self.render(messages, [message.text for message in told], opened)
+        real = self.render(messages, [message.text for message in told], opened, tools)
         stretches, at = [Stretch(own[0])], len(own[0])
         for index, following in zip(order, own[1:], strict=True):
             shown = next((s for s in shapes(told[index].text) if real.startswith(s + following, at)), None)
@@ -192,14 +215,16 @@ class ChatTemplate:
             raise BadInput("the chat template changes with what is said in it; mend the template")
         return stretches
 
-    def render(self, messages: Sequence[Message], texts: Sequence[str], opened: bool) -> str:
+    def render(self, messages: Sequence[Message], texts: Sequence[str], opened: bool, tools: Sequence[Any] = ()) -> str:
         """What the template prints, with `texts` in place of all that is said. A picture is one of its own tokens."""
         left, turns = iter(texts), []
         for message in messages:
             pieces = [None if piece is None else next(left) for piece in message.content]
             turns.append({"role": message.role.value, "content": self.laid_out(pieces)})
-        sandbox = Sandbox(self.today, characters=sum(map(len, texts)), turns=max(len(texts), len(messages)))
-        return sandbox.run(self.code, {"messages": turns, "add_generation_prompt": opened, **self.names})
+        given = {"tools": list(tools)} if tools else {}
+        characters = sum(map(len, texts)) + 4 * len(json.dumps(given))
+        sandbox = Sandbox(self.today, characters=characters, turns=max(len(texts), len(messages)) + len(tools))
+        return sandbox.run(self.code, {"messages": turns, "add_generation_prompt": opened, **self.names, **given})
 
     def laid_out(self, pieces: Sequence[str | None]) -> Any:
         """What a message says as templates are given it: one text, or a list where pictures stand between texts."""
@@ -301,6 +326,20 @@ class ChatTemplate:
                     if turn.start <= spelling.spans[first][0] and spelling.spans[tokens[-1]][1] <= turn.stop:
                         hits.append(tokens)
         return hits
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """Every text within a value of JSON, names too."""
+    match value:
+        case str():
+            yield value
+        case list():
+            for each in value:
+                yield from texts_in(each)
+        case dict():
+            yield from value
+            for each in value.values():
+                yield from texts_in(each)
 
 
 def shapes(text: str) -> list[str]:

@@ -71,7 +71,20 @@ class ForeignProcessor(Processor):
         if eye is not None and self.shown not in tokenizer.added:
             raise BadInput(f"{eye.config.token!r} is no control token of the tokenizer: people could type a picture")
 
-    def extend(self, builder: Builder, parts: Sequence[Part], rng: np.random.Generator | None, *, whole: bool) -> None:
+    def prompt(self, parts: Sequence[Part], tools: Sequence[str] = ()) -> Builder:
+        builder = Builder()
+        self.extend(builder, parts, None, whole=False, tools=tools)
+        return builder
+
+    def extend(
+        self,
+        builder: Builder,
+        parts: Sequence[Part],
+        rng: np.random.Generator | None,
+        *,
+        whole: bool,
+        tools: Sequence[str] = (),
+    ) -> None:
         pictures = [part for part in parts if isinstance(part, Image)]
         texts = [self.text(part) for part in parts if not isinstance(part, Image)]
         if pictures and (self.eye is None or self.template is None):
@@ -87,7 +100,7 @@ class ForeignProcessor(Processor):
             raise BadInput("this model has no chat template: it only continues plain text (role none)")
         turns = joined([part for part in parts if isinstance(part, (Text, Image))])
         begun = None if whole or turns[-1].role is not Role.ASSISTANT else turns.pop()
-        tokens = self.template.encode(turns, opened=not whole)
+        tokens = self.template.encode(turns, opened=not whole, tools=tools)
         if (places := tokens.ids.count(self.shown)) != len(pictures):
             raise BadInput(f"the chat template shows {places} of {len(pictures)} pictures: show them in a user's turn")
         left = iter(pictures)
@@ -135,7 +148,9 @@ def joined(parts: Sequence[Text | Image]) -> list[Message]:
     """Neighbouring parts of one speaker are one turn; a picture stands where it was shown in its text."""
     turns: list[Message] = []
     for part in parts:
-        last = turns.pop() if turns and turns[-1].role is part.role else Message(part.role, "")
+        # Each tool answers for itself.
+        goes_on = turns and turns[-1].role is part.role is not Role.TOOL
+        last = turns.pop() if goes_on else Message(part.role, "")
         if isinstance(part, Image):
             if part.role is Role.ASSISTANT:
                 raise BadInput("this model draws no pictures: show them in a user's turn")

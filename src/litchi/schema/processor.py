@@ -196,8 +196,13 @@ class Processor:
         self.extend(builder, sample.parts, rng, whole=True)
         return builder.build()
 
-    def prompt(self, parts: Sequence[Part]) -> Builder:
-        """Everything clean, nothing learned: what serving continues. A last assistant turn is left open."""
+    def prompt(self, parts: Sequence[Part], tools: Sequence[str] = ()) -> Builder:
+        """Everything clean, nothing learned: what serving continues. A last assistant turn is left open.
+
+        `tools` are JSON objects for a chat template to show; raises BadInput where none does.
+        """
+        if tools:
+            raise BadInput("this model was trained without tools: leave them out")
         builder = Builder()
         self.extend(builder, parts, None, whole=False)
         return builder

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from litchi.schema.sample import Role
+from litchi.schema.spelling import Spellings
 
 PAD, END, PICTURE, PATCH = "<|pad|>", "<|end|>", "<|image|>", "<|patch|>"
 """Padding, end of a turn, "a picture follows", and the placeholder under a vector."""
@@ -69,6 +71,10 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         return self.backend.encode(text, add_special_tokens=False).ids
+
+    @cached_property
+    def spellings(self) -> Spellings:
+        return Spellings(self.backend)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, control tokens left out."""

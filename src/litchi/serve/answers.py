@@ -6,14 +6,20 @@ import base64
 import json
 import time
 import uuid
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from litchi.schema.request import Completion, Delta
+from litchi.schema.request import Completion, Delta, Scored
 from litchi.schema.sample import Action, Image, Part, Text
+from litchi.schema.spelling import shown
+from litchi.serve.calls import Call, CallReader
 from litchi.serve.limits import data_url, encode_png
 from litchi.serve.wire import Ask
+
+DONE = "data: [DONE]\n\n"
+"""The last event of a stream."""
 
 
 @dataclass
@@ -23,23 +29,47 @@ class Choice:
     parts: list[Part] = field(default_factory=list)
     text: str = ""
     finish: str = "stop"
+    over: bool = False
+    """Whether the last piece has come."""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[dict[str, Any]] = field(default_factory=list)
     prompt_tokens: int | None = None
-    """None where it was streamed: deltas do not count what was read."""
+    """None until the last delta of a stream has told it."""
+    prompt: list[Scored] = field(default_factory=list)
+    matched: str | int | None = None
+    scored: list[Scored] = field(default_factory=list)
+    """Every token, that which ended the answer as well."""
+    vector: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, answer: Completion) -> Choice:
         """A completion tells its text beside its other parts; a body's content holds both."""
         others = [part for part in answer.parts if not isinstance(part, Text)]
         said: list[Part] = [Text(text=answer.text)] if answer.text else []
-        return cls([*said, *others], answer.text, answer.finish, list(answer.tokens), [], answer.prompt_tokens)
+        return cls(
+            parts=[*said, *others],
+            text=answer.text,
+            finish=answer.finish,
+            over=True,
+            tokens=list(answer.tokens),
+            prompt_tokens=answer.prompt_tokens,
+            prompt=list(answer.prompt),
+            matched=answer.matched,
+            scored=[*answer.scored, *([answer.ended] if answer.ended else [])],
+            vector=answer.vector,
+        )
 
     def add(self, delta: Delta) -> None:
         self.text += delta.text
         self.tokens += delta.tokens
         self.logprobs += logprobs_of(delta)
         self.finish = delta.finish or self.finish
+        self.prompt += delta.prompt
+        self.scored += [*delta.scored, *([delta.ended] if delta.ended else [])]
+        if delta.finish is not None:
+            self.over = True
+            self.matched = delta.matched
+            self.prompt_tokens = delta.prompt_tokens or self.prompt_tokens
         if delta.part is not None:
             self.parts.append(delta.part)
         elif delta.text:
@@ -53,6 +83,9 @@ class Writer:
     def __init__(self, ask: Ask, model: str):
         self.ask, self.model = ask, model
         self.id, self.created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
+        self.readers = {index: CallReader(ask.tools) for index in range(len(ask.requests))} if ask.tools.names else {}
+        self.called: Counter[int] = Counter()
+        """How many calls each answer has made."""
 
     def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
         body = self._head("chat.completion")
@@ -64,19 +97,35 @@ class Writer:
 
     def piece(self, index: int, delta: Delta) -> str:
         """An event for a piece of text or a picture; empty if the delta shows neither."""
-        said: dict[str, Any] = {"content": delta.text} if delta.text else {}
+        said = self._said(index, delta)
         if isinstance(delta.part, Image):
             said["images"] = [picture_part(delta.part)]
         more: dict[str, Any] = {"logprobs": {"content": logprobs_of(delta)}} if delta.logprobs else {}
+        if delta.prompt:
+            more["prompt_logprobs"] = prompt_rows(delta.prompt)
         if self.ask.token_ids and delta.tokens:
             more["token_ids"] = list(delta.tokens)
         return self._chunk(index, said, **more) if said or more else ""
 
     def closing(self, index: int, choice: Choice) -> str:
-        return self._chunk(index, {}, finish_reason=choice.finish)
+        finish = "tool_calls" if self.called[index] and choice.finish == "stop" else choice.finish
+        return self._chunk(index, {}, finish_reason=finish, stop_reason=choice.matched)
 
-    def usage(self, choices: Sequence[Choice]) -> str:
-        return event(self._head("chat.completion.chunk") | {"choices": [], "usage": usage(choices)})
+    def _said(self, index: int, delta: Delta) -> dict[str, Any]:
+        """The text of a delta and the calls that are whole with it."""
+        found: list[str | Call] = [delta.text]
+        if index in self.readers:
+            found = self.readers[index].feed(delta.text)
+            found += self.readers[index].close() if delta.finish else []
+        text = "".join(each for each in found if isinstance(each, str))
+        calls = [call_body(each) for each in found if isinstance(each, Call)]
+        rows = [{"index": self.called[index] + i} | call for i, call in enumerate(calls)]
+        self.called[index] += len(calls)
+        return ({"content": text} if text else {}) | ({"tool_calls": rows} if rows else {})
+
+    def ending(self, choices: Sequence[Choice]) -> str:
+        told = event(self._head("chat.completion.chunk") | {"choices": [], "usage": usage(choices)})
+        return (told if self.ask.usage else "") + DONE
 
     def _head(self, kind: str) -> dict[str, Any]:
         head = {"id": self.id, "object": kind, "created": self.created, "model": self.model, "seed": self.ask.seed}
@@ -89,28 +138,42 @@ class Writer:
     def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
         pictures = [picture_part(part) for part in choice.parts if isinstance(part, Image)]
         message: dict[str, Any] = {"role": "assistant", "content": choice.text}
+        if index in self.readers:
+            found = [*self.readers[index].feed(choice.text), *self.readers[index].close()]
+            calls = [call_body(each) for each in found if isinstance(each, Call)]
+            text = "".join(each for each in found if isinstance(each, str))
+            message = {"role": "assistant", "content": text or (None if calls else "")}
+            message |= {"tool_calls": calls} if calls else {}
         if pictures:
             message |= {"content": [_content(part) for part in choice.parts], "images": pictures}
-        body: dict[str, Any] = {"index": index, "message": message, "finish_reason": choice.finish}
+        finish = "tool_calls" if "tool_calls" in message and choice.finish == "stop" else choice.finish
+        body: dict[str, Any] = {"index": index, "message": message, "finish_reason": finish}
+        body |= {"stop_reason": choice.matched}
+        if choice.prompt:
+            body["prompt_logprobs"] = prompt_rows(choice.prompt)
         body["logprobs"] = {"content": choice.logprobs} if self.ask.requests[0].params.logprobs else None
         return body | ({"token_ids": choice.tokens} if self.ask.token_ids else {})
 
 
-def drawings(answers: Sequence[Completion], ask: Ask) -> dict[str, Any]:
+def call_body(call: Call) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def drawings(answers: Sequence[Choice], ask: Ask) -> dict[str, Any]:
     """The body of an images response; the words that a picture was planned in are its `revised_prompt`."""
     data = []
     for answer in answers:
         picture = next(part for part in answer.parts if isinstance(part, Image))
         body = {"b64_json": base64.b64encode(encode_png(picture.pixels)).decode()}
         data.append(body | ({"revised_prompt": answer.text} if answer.text else {}))
-    read, made = sum(a.prompt_tokens for a in answers), sum(len(a.tokens) for a in answers)
+    read, made = sum(a.prompt_tokens or 0 for a in answers), sum(len(a.tokens) for a in answers)
     counts = {"input_tokens": read, "output_tokens": made, "total_tokens": read + made}
     size = f"{ask.requests[0].width}x{ask.requests[0].height}"
     head = {"created": int(time.time()), "output_format": "png", "size": size, "seed": ask.seed}
     return head | {"data": data, "usage": counts}
 
 
-def next_part(answer: Completion) -> dict[str, Any]:
+def next_part(answer: Choice) -> dict[str, Any]:
     """The body of a /v1/next response: the frame or the action that comes next."""
     part = next(part for part in answer.parts if isinstance(part, Image | Action))
     counts = {"prompt_tokens": answer.prompt_tokens, "token_ids": list(answer.tokens)}
@@ -132,12 +195,30 @@ def usage(choices: Sequence[Choice]) -> dict[str, Any]:
 
 
 def logprobs_of(delta: Delta) -> list[dict[str, Any]]:
-    """OpenAI's rows. The text of a delta is said at its first token: one token may be only half a character."""
+    """OpenAI's rows. A sampler that spells no tokens has the text of a delta said at its first one."""
+    if delta.scored:
+        return [row_of(scored) | {"top_logprobs": [row_of(each) for each in scored.top]} for scored in delta.scored]
     rows = []
     for i, (token, logprob) in enumerate(zip(delta.tokens, delta.logprobs, strict=False)):
         said = delta.text if i == 0 else ""
         raw = list(said.encode())
         rows.append({"token": said, "id": token, "logprob": logprob, "bytes": raw, "top_logprobs": []})
+    return rows
+
+
+def row_of(scored: Scored) -> dict[str, Any]:
+    """One token in OpenAI's words."""
+    head = {"token": shown(scored.spelling), "id": scored.token, "bytes": list(scored.spelling)}
+    return head | {"logprob": scored.logprob}
+
+
+def prompt_rows(scored: Sequence[Scored]) -> list[dict[str, Any] | None]:
+    """What each token of a prompt was worth, in vLLM's words: by id, the token itself and the likeliest there."""
+    rows: list[dict[str, Any] | None] = []
+    for token in scored:
+        said = {s.token: {"logprob": s.logprob, "rank": s.rank, "decoded_token": shown(s.spelling)}
+                for s in (token, *token.top)}  # fmt: skip
+        rows.append(None if token.logprob is None else {str(index): row for index, row in said.items()})
     return rows
 
 

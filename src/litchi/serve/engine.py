@@ -84,6 +84,8 @@ class Track:
     """Tokens of the document that lie in pages and stay."""
     deltas: list[Delta] | None = None
     """What was said, where the whole answer is wanted at once."""
+    rows: list[Tensor] = field(default_factory=list)
+    """Hidden states that were wanted and have been found, where it takes several pieces."""
     cancelled: bool = False
     cached: int = 0
     """Tokens that were found already read, at the beginning."""
@@ -131,6 +133,10 @@ class Engine:
     # ---- from any thread ----
 
     @property
+    def sampler(self) -> Engine:
+        return self
+
+    @property
     def max_running(self) -> int:
         return self.config.max_running
 
@@ -140,7 +146,7 @@ class Engine:
 
     def submit(self, request: Request, put: Put, *, stream: bool = True) -> Track:
         """Take a request in; `put` is told each delta, or the whole answer. Raises BadInput if it cannot be read."""
-        program = Program(self.model, self.processor, request)
+        program = Program(self.model, self.processor, request, self.runner.logits)
         self.check(len(program.builder.tokens))
         keys = PageKeys(self.pages.size, self.weights)
         track = Track(program, program.steps(), put, keys, deltas=None if stream else [])
@@ -270,11 +276,11 @@ class Engine:
         return len(track.wish.builder.tokens) - track.count
 
     def recall(self, track: Track) -> None:
-        """Begin with what another document has read already; one token at least is read, for what is wanted of it."""
+        """Begin with what another document has read already, but for what is wanted of this one."""
         if not self.config.remember:
             return
         assert track.wish is not None
-        length = min(track.clean, len(track.wish.builder.tokens) - 1)
+        length = min(track.clean, len(track.wish.builder.tokens) - max(track.wish.rows, 1))
         track.pages = self.pages.find(track.keys.upto(track.wish.builder, length, track.clean))
         track.count = track.cached = len(track.pages) * self.pages.size
         self.tokens_cached += track.count
@@ -294,9 +300,8 @@ class Engine:
                 return None
         if stop <= track.count or not self.make_room(track, stop, busy):
             return None
-        whole_wish = stop == total
-        rows = wish.rows if whole_wish else 0
-        return Piece(wish.builder, track.count, stop, track.pages, rows, whole_wish and wish.scores)
+        rows = min(stop - track.count, max(stop - (total - wish.rows), 0))
+        return Piece(wish.builder, track.count, stop, track.pages, rows, wish.scores and stop == total)
 
     def cut(self, wish: Read, start: int, clean: int, budget: int, *, alone: bool) -> int:
         """Where to stop: within the budget, at the end of a span."""
@@ -331,7 +336,7 @@ class Engine:
 
     def give_back(self, track: Track) -> None:
         self.pages.drop(track.pages)
-        track.pages, track.count = [], 0
+        track.pages, track.count, track.rows = [], 0, []
 
     # ---- what was read ----
 
@@ -343,8 +348,12 @@ class Engine:
         if self.config.remember and track.count // self.pages.size > before // self.pages.size:
             for page, key in zip(track.pages, track.keys.upto(wish.builder, track.count, track.clean), strict=False):
                 self.pages.remember(page, key)
+        if piece.rows and answer is not None:
+            track.rows.append(answer)
         if piece.stop == len(wish.builder.tokens):
-            self.advance(track, answer)
+            found = torch.cat(track.rows) if track.rows else answer
+            track.rows = []
+            self.advance(track, found)
 
     def advance(self, track: Track, answer: Tensor | None) -> None:
         """Let the program go on until it must read again, or has ended."""

@@ -37,6 +37,8 @@ class Limits:
     max_images: int
     max_text: int
     """Characters of all texts of a request together."""
+    max_tokens: int
+    """Tokens of one answer."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,7 @@ class ServeConfig:
     abilities: tuple[str, ...] = ("see", "draw", "dream")
     """What the model does besides talking, as /v1/models tells; the page shows no more than that."""
     api_key: str = ""
-    """If set, every endpoint under /v1 asks for it."""
+    """If set, every path asks for it but the page and /health."""
     allowed_hosts: tuple[str, ...] = ()
     """Host names that the door answers to; empty: the loopback names on loopback, any elsewhere."""
     side: int = 64
@@ -59,6 +59,8 @@ class ServeConfig:
     max_images: int = 8
     max_text: int = 4_000
     """Characters of one conversation: attention is quadratic in them."""
+    max_tokens: int = 1024
+    """Tokens of one answer."""
 
     @property
     def limits(self) -> Limits:
@@ -69,6 +71,7 @@ class ServeConfig:
             max_pixels=self.max_pixels,
             max_images=self.max_images,
             max_text=self.max_text,
+            max_tokens=self.max_tokens,
         )
 
     @property

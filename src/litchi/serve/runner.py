@@ -55,6 +55,10 @@ class Runner(Protocol):
         """What each piece wants: hidden states (rows, D), scores (V,), or nothing."""
         ...
 
+    def logits(self, x_ND: Tensor) -> Tensor:
+        """Scores (N, V) of the tokens that follow hidden states."""
+        ...
+
 
 class TorchRunner:
     """The network by PyTorch, under the rules that make it exact or without them."""
@@ -82,11 +86,16 @@ class TorchRunner:
             x_TD = self.model(batch, View(pages, pieces, steady=self.exact))
             ends = batch.cu_seqlens.tolist()[1:]
             last = [end - 1 for end, piece in zip(ends, pieces, strict=False) if piece.scores]
-            scores = iter(self.model.logits(x_TD[last]).float() if last else ())
+        scores = iter(self.logits(x_TD[last]) if last else ())
         found: list[Tensor | None] = []
         for end, piece in zip(ends, pieces, strict=False):
             found.append(next(scores) if piece.scores else x_TD[end - piece.rows : end] if piece.rows else None)
         return found
+
+    @torch.no_grad()
+    def logits(self, x_ND: Tensor) -> Tensor:
+        with torch.autocast(x_ND.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            return self.model.logits(x_ND).float()
 
 
 class NativeRunner:
@@ -128,12 +137,16 @@ class NativeRunner:
         )
         stops = batch.cu_seqlens.tolist()[1:]
         last = [stop - 1 for stop, piece in zip(stops, pieces, strict=True) if piece.scores]
-        scores = iter(self.trunk.logits(hidden_TD[last]) if last else ())
+        scores = iter(self.logits(self.model.norm(hidden_TD[last])) if last else ())
         found: list[Tensor | None] = []
         for stop, piece in zip(stops, pieces, strict=True):
             rows = self.model.norm(hidden_TD[stop - piece.rows : stop]) if piece.rows else None
             found.append(next(scores) if piece.scores else rows)
         return found
+
+    @torch.no_grad()
+    def logits(self, x_ND: Tensor) -> Tensor:
+        return self.trunk.logits(x_ND if x_ND.dim() == 2 else x_ND[None], normed=True).view(*x_ND.shape[:-1], -1)
 
 
 class View:

@@ -30,7 +30,7 @@ class Solo:
     """The reference decoder computes on one processor: two requests at once would each take twice as long."""
 
     def __init__(self, sampler: Sampler) -> None:
-        self._sampler = sampler
+        self.sampler = sampler
         self._waiting: deque[Ticket] = deque()
         self._changed = threading.Condition()
         self._closing = False
@@ -89,9 +89,9 @@ class Solo:
 
     def _answer(self, ticket: Ticket) -> None:
         if not ticket.stream:
-            ticket.put(self._sampler.complete(ticket.request))
+            ticket.put(self.sampler.complete(ticket.request))
             return
-        deltas = iter(self._sampler.stream(ticket.request))
+        deltas = iter(self.sampler.stream(ticket.request))
         try:
             for delta in deltas:
                 if ticket.cancelled.is_set():

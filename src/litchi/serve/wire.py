@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,41 +9,42 @@ from typing import Any
 import numpy as np
 
 from litchi.config import BadInput
-from litchi.schema.request import DRAWING, Request, SamplingParams
+from litchi.schema.request import DRAWING, Request
 from litchi.schema.sample import Action, Image, Part, Role, Text
+from litchi.serve.calls import Style, Toolbox, as_said, read_calls, read_tools
 from litchi.serve.fields import Fields, show
+from litchi.serve.grammars import GUIDED, read_grammar
 from litchi.serve.limits import Limits, decode_picture
+from litchi.serve.params import CHOOSING, MAX_N, MAX_SEED, MAX_TOP, SAMPLING, read_params
 
-MAX_N = 8
-MAX_TOKENS = 1024
-MAX_STOPS = 4
-MAX_SEED = 2**31 - 1
-
-GREEDY = SamplingParams()
-"""How words are sampled unless told otherwise."""
-
-SAMPLING = ("max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "seed", "steps", "stop")
 # Said by OpenAI clients, without any bearing on what a small model answers.
-HARMLESS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
+HARMLESS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 # Said by OpenAI clients, and would change the answer: accepted only at the value that changes nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "top_logprobs": (0,),
-    "logit_bias": ({},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"], ["text", "image"], ["image", "text"]),
 }
-MESSAGE = ("role", "content", "name")
+MESSAGE = ("role", "content", "name", "tool_calls", "tool_call_id")
 # What a client may send back with an assistant's message that it received.
-ECHOED = ("images", "refusal", "annotations", "audio", "function_call", "tool_calls")
-ROLES = {"system": Role.SYSTEM, "developer": Role.SYSTEM, "user": Role.USER, "assistant": Role.ASSISTANT}
+ECHOED = ("images", "refusal", "annotations", "audio", "function_call", "reasoning_content")
+ROLES = {
+    "system": Role.SYSTEM,
+    "developer": Role.SYSTEM,
+    "user": Role.USER,
+    "assistant": Role.ASSISTANT,
+    "tool": Role.TOOL,
+}
 
 
-class UnknownModel(BadInput):
-    """Bad input that asks for a model that is not here: HTTP 404."""
+TOOLS = ("tools", "tool_choice", "parallel_tool_calls")
+NO_TOOLS = Toolbox("hermes")
+
+
+class Missing(BadInput):
+    """Bad input that names what is not here: HTTP 404."""
+
+
+class UnknownModel(Missing):
+    """A model that is not here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,29 +60,40 @@ class Ask:
     """Whether choices carry the sampled ids."""
     notes: tuple[str, ...] = ()
     """What was done to the input, in words."""
+    tools: Toolbox = NO_TOOLS
 
 
-def read_chat(body: dict[str, Any], model: str, limits: Limits) -> Ask:
-    """A body of POST /v1/chat/completions. Raises BadInput, UnknownModel."""
+def read_chat(body: dict[str, Any], model: str, limits: Limits, style: Style = "hermes") -> Ask:
+    """A body of POST /v1/chat/completions to a model that writes calls in a style. Raises BadInput, UnknownModel."""
     fields = Fields(body)
-    own = ("model", "messages", "n", "stream", "stream_options", "logprobs", "return_token_ids")
-    fields.known((*own, *SAMPLING, *HARMLESS, *NEUTRAL))
-    _check_model(fields, model)
+    own = ("model", "messages", "n", "stream", "stream_options", "logprobs", "top_logprobs", "return_token_ids")
+    fields.known((*own, *SAMPLING, *CHOOSING, *HARMLESS, *NEUTRAL, *GUIDED, *TOOLS))
+    check_model(fields, model)
     for name, values in NEUTRAL.items():
         if fields.get(name) is not None and fields.get(name) not in values:
             raise BadInput(f"{name} is not supported by this server; leave it out")
-    parts, notes = _read_messages(fields.objects("messages"), limits)
-    params = replace(read_params(fields), logprobs=fields.flag("logprobs"))
+    tools, grammar = read_tools(fields, style), read_grammar(fields)
+    if tools.grammar is not None and grammar is not None:
+        raise BadInput("tool_choice and response_format ask for two answers at once; leave one out")
+    parts, notes = read_messages(fields.objects("messages"), limits, style)
+    check_text([*tools.told, *(part.text for part in parts if isinstance(part, Text))], limits)
+    params = replace(read_params(fields, limits), logprobs=fields.flag("logprobs"))
+    params = replace(params, top_logprobs=fields.integer("top_logprobs", 0, 0, MAX_TOP))
+    params = replace(params, grammar=tools.grammar or grammar)
+    if params.top_logprobs and not params.logprobs:
+        raise BadInput("top_logprobs needs logprobs: send true for that as well")
     options = Fields(fields.get("stream_options") or {}, "stream_options.")
     options.known(("include_usage", "include_obfuscation"))
-    request = Request(parts=parts, want="chat", params=params, height=limits.side, width=limits.side)
+    size = {"height": limits.side, "width": limits.side}
+    request = Request(parts=parts, want="chat", params=params, tools=tools.told, **size)
     return Ask(
-        requests=_repeated(request, fields.integer("n", 1, 1, MAX_N)),
+        requests=repeated(request, fields.integer("n", 1, 1, MAX_N)),
         seed=params.seed,
         stream=fields.flag("stream"),
         usage=options.flag("include_usage"),
         token_ids=fields.flag("return_token_ids"),
         notes=notes,
+        tools=tools,
     )
 
 
@@ -91,68 +102,74 @@ def read_drawing(body: dict[str, Any], model: str, limits: Limits) -> Ask:
     fields = Fields(body)
     looks = ("quality", "style", "background", "output_format", "moderation")
     fields.known(("model", "prompt", "n", "size", "response_format", *SAMPLING, *HARMLESS, *looks))
-    _check_model(fields, model)
+    check_model(fields, model)
     prompt = fields.text("prompt")
-    _check_text([prompt], limits)
+    check_text([prompt], limits)
     fields.choice("size", "auto", (f"{limits.side}x{limits.side}", "auto"))
     fields.choice("response_format", "b64_json", ("b64_json",))
     fields.choice("output_format", "png", ("png",))
-    params = read_params(fields, DRAWING)
+    params = read_params(fields, limits, DRAWING)
     text = Text(text=prompt, role=Role.USER)
     request = Request(parts=(text,), want="image", params=params, height=limits.side, width=limits.side)
-    return Ask(requests=_repeated(request, fields.integer("n", 1, 1, MAX_N)), seed=params.seed)
+    return Ask(requests=repeated(request, fields.integer("n", 1, 1, MAX_N)), seed=params.seed)
 
 
 def read_next(body: dict[str, Any], model: str, limits: Limits) -> Ask:
     """A body of POST /v1/next, this project's own: the next frame or action after `parts`, which are our `Part`s."""
     fields = Fields(body)
     fields.known(("model", "want", "parts", "space", *SAMPLING))
-    _check_model(fields, model)
+    check_model(fields, model)
     want = "frame" if fields.choice("want", None, ("frame", "action")) == "frame" else "action"
     parts = [_read_part(each, limits) for each in fields.objects("parts")]
-    _check_text([p.text for p in parts if isinstance(p, Text)], limits)
+    check_text([p.text for p in parts if isinstance(p, Text)], limits)
     if sum(isinstance(p, Image) for p in parts) > limits.max_images:
         raise BadInput(f"at most {limits.max_images} frames are read; send the last ones")
-    params = replace(read_params(fields), seed=fields.integer("seed", 0, 0, MAX_SEED))
+    params = replace(read_params(fields, limits), seed=fields.integer("seed", 0, 0, MAX_SEED))
     size = {"height": limits.side, "width": limits.side}
     request = Request(parts=tuple(parts), want=want, params=params, space=fields.text("space", ""), **size)
     return Ask(requests=(request,), seed=params.seed)
 
 
-def read_params(fields: Fields, usual: SamplingParams = GREEDY) -> SamplingParams:
-    """Words are greedy and drawings sampled unless a temperature is given. Without a seed one is drawn and told."""
-    longest = fields.integer("max_tokens", 128, 1, MAX_TOKENS)
-    return SamplingParams(
-        max_tokens=fields.integer("max_completion_tokens", longest, 1, MAX_TOKENS),
-        temperature=fields.number("temperature", usual.temperature, 0.0, 2.0),
-        top_p=fields.number("top_p", usual.top_p, 1e-6, 1.0),
-        top_k=fields.integer("top_k", 0, 0, 1 << 20),
-        seed=fields.integer("seed", secrets.randbelow(MAX_SEED - MAX_N), 0, MAX_SEED),
-        steps=fields.integer("steps", 0, 0, 256),
-        stop=_read_stop(fields.get("stop")),
-    )
-
-
-def _read_messages(messages: list[Fields], limits: Limits) -> tuple[tuple[Part, ...], tuple[str, ...]]:
+def read_messages(
+    messages: list[Fields], limits: Limits, style: Style = "hermes"
+) -> tuple[tuple[Part, ...], tuple[str, ...]]:
+    """The parts of a conversation, and what was done to them in words."""
     parts: list[Part] = []
     notes: list[str] = []
     for message in messages:
         message.known((*MESSAGE, *ECHOED))
         role = ROLES[message.choice("role", None, tuple(ROLES))]
         content = message.get("content")
-        if isinstance(content, str):
+        calls = read_calls(message) if role is Role.ASSISTANT else []
+        if calls and not isinstance(content, list):
+            parts.append(Text(text=as_said(content if isinstance(content, str) else "", calls, style), role=role))
+        elif role is Role.TOOL:
+            parts.append(Text(text=_result(message), role=role))
+        elif isinstance(content, str):
             parts.append(Text(text=content, role=role))
         else:
             for each in message.objects("content"):
                 part, note = _read_content(each, role, limits)
                 parts.append(part)
                 notes += [note] if note else []
+            if calls:
+                parts.append(Text(text=as_said("", calls, style), role=role))
     if sum(isinstance(p, Image) for p in parts) > limits.max_images:
         raise BadInput(f"at most {limits.max_images} pictures fit into one conversation; drop the oldest messages")
-    _check_text([p.text for p in parts if isinstance(p, Text)], limits)
-    if parts[-1].role is not Role.USER:
-        raise BadInput("the last message must be the user's: there is nothing to answer")
+    check_text([p.text for p in parts if isinstance(p, Text)], limits)
+    if parts[-1].role not in (Role.USER, Role.TOOL):
+        raise BadInput("the last message must be the user's or a tool's: there is nothing to answer")
     return tuple(parts), tuple(notes)
+
+
+def _result(message: Fields) -> str:
+    """What a tool answered: one text, whatever pieces it came in."""
+    if isinstance(message.get("content"), str):
+        return message.text("content")
+    pieces = message.objects("content")
+    for piece in pieces:
+        piece.choice("type", None, ("text",))
+    return "".join(piece.text("text") for piece in pieces)
 
 
 def _read_content(fields: Fields, role: Role, limits: Limits) -> tuple[Part, str]:
@@ -194,19 +211,12 @@ def _read_values(fields: Fields) -> np.ndarray:
     return np.array(rows, np.float32)
 
 
-def _read_stop(value: Any) -> tuple[str, ...]:
-    stops = [value] if isinstance(value, str) else value or []
-    if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(s, str) and s for s in stops):
-        raise BadInput(f"stop must be a string or a list of at most {MAX_STOPS} strings, none empty, got {show(value)}")
-    return tuple(stops)
-
-
-def _check_model(fields: Fields, model: str) -> None:
+def check_model(fields: Fields, model: str) -> None:
     if (asked := fields.text("model", model)) != model:
         raise UnknownModel(f"no model {show(asked)} here; this server has {model!r} (GET /v1/models)")
 
 
-def _check_text(texts: Sequence[str], limits: Limits) -> None:
+def check_text(texts: Sequence[str], limits: Limits) -> None:
     if (length := sum(map(len, texts))) > limits.max_text:
         raise BadInput(f"the texts have {length} characters, more than {limits.max_text}; shorten the conversation")
     for text in texts:
@@ -215,6 +225,6 @@ def _check_text(texts: Sequence[str], limits: Limits) -> None:
             raise BadInput("a text holds half of a surrogate pair, which is not Unicode; send whole characters")
 
 
-def _repeated(request: Request, n: int) -> tuple[Request, ...]:
+def repeated(request: Request, n: int) -> tuple[Request, ...]:
     first = request.params
     return tuple(replace(request, params=replace(first, seed=(first.seed + i) % (MAX_SEED + 1))) for i in range(n))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any, Protocol
 
+from litchi.schema.protocol import Sampler
 from litchi.schema.request import Completion, Delta, Request
 from litchi.serve.solo import Piece, Put
 
@@ -32,6 +33,11 @@ class Answerer(Protocol):
     @property
     def max_running(self) -> int:
         """Requests that are answered at once."""
+        ...
+
+    @property
+    def sampler(self) -> Sampler:
+        """What answers in the end, with the processor that it has."""
         ...
 
     def start(self) -> Any: ...
@@ -116,7 +122,7 @@ class Worker:
     """Lets at most as many requests in as can be answered at once, and `max_queue` more."""
 
     def __init__(self, answerer: Answerer, max_queue: int):
-        self.answerer, self._max = answerer, max_queue
+        self.answerer, self.sampler, self._max = answerer, answerer.sampler, max_queue
         self._open: set[Job] = set()
         self._lock = threading.Lock()
         self._inside = self._answered = 0

@@ -1,0 +1,195 @@
+"""One exchange: a body in, its pieces from the worker, and a body or a stream of events out; errors told plainly."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from anyio import to_thread
+from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from litchi.config import BadInput
+from litchi.schema.request import Delta
+from litchi.schema.request import Request as Question
+from litchi.serve import answers
+from litchi.serve.answers import Choice
+from litchi.serve.limits import TooLarge, read_body, read_json
+from litchi.serve.metrics import Metrics
+from litchi.serve.wire import Missing, UnknownModel
+from litchi.serve.worker import Busy, Job, Worker
+
+if TYPE_CHECKING:
+    from litchi.serve.run import ServeConfig
+
+log = logging.getLogger("litchi.serve")
+T = TypeVar("T")
+
+
+class Scribe(Protocol):
+    """Writes the events of one answer; each is whole, or empty if there is nothing to tell."""
+
+    def opening(self, index: int) -> str: ...
+
+    def piece(self, index: int, delta: Delta) -> str: ...
+
+    def closing(self, index: int, choice: Choice) -> str: ...
+
+    def ending(self, choices: list[Choice]) -> str: ...
+
+
+class Desk:
+    """Where every endpoint takes a body, has it answered and sends the answer back."""
+
+    def __init__(self, config: ServeConfig, worker: Worker, metrics: Metrics):
+        self.config, self.worker, self.metrics = config, worker, metrics
+        self.limits = config.limits
+
+    async def read(self, request: Request, read: Callable[..., T]) -> T:
+        body = await read_body(request.stream(), request.headers.get("content-length"), self.limits)
+        # Pictures are decoded in another thread, so that a large one does not stop everybody's streams.
+        return await to_thread.run_sync(lambda: read(read_json(body), self.config.model, self.limits))
+
+    async def collect(self, request: Request, questions: tuple[Question, ...], *, spelled: bool = False):
+        """The answers in order, or None if the client left or the server stops.
+
+        With `spelled` they are put together from a stream: only that says which text belongs to which token.
+        """
+        job = self.worker.submit(questions, stream=spelled)
+        choices = [Choice() for _ in questions]
+        async with cancels_when_gone(request, job):
+            async for index, piece in job:
+                if isinstance(piece, Delta):
+                    choices[index].add(piece)
+                else:
+                    choices[index] = Choice.of(piece)
+        self.count(choices)
+        return choices if all(choice.over for choice in choices) and not job.cancelled.is_set() else None
+
+    async def stream(self, request: Request, questions: tuple[Question, ...], writer: Scribe) -> Response:
+        began = time.monotonic()
+        job = self.worker.submit(questions, stream=True)
+        pieces = aiter(job)
+        # The first piece is awaited before the status is sent, so that what the model refuses is still a 4xx.
+        async with cancels_when_gone(request, job):
+            first = await anext(pieces, None)
+        if first is None:
+            return Stopped()
+        self.metrics.first_token.observe(time.monotonic() - began)
+        choices = [Choice() for _ in questions]
+
+        async def told() -> AsyncIterator[str]:
+            try:
+                async for event in events(first, pieces, job, choices, writer):
+                    yield event
+            finally:
+                job.cancel()
+                self.count(choices)
+
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        return StreamingResponse(told(), media_type="text/event-stream", headers=headers)
+
+    def count(self, choices: list[Choice]) -> None:
+        for choice in choices:
+            finish = choice.finish if choice.over else "cancelled"
+            self.metrics.answered(choice.prompt_tokens or 0, len(choice.tokens), finish)
+
+
+class Stopped(JSONResponse):
+    """What nobody reads: the client left, or the server stops in the middle of an answer."""
+
+    def __init__(self) -> None:
+        super().__init__(answers.error("the server is stopping; try again", "stopping", "server_error"), 503)
+
+
+async def events(
+    first: tuple[int, Any], rest: AsyncIterator[tuple[int, Any]], job: Job, choices: list[Choice], writer: Scribe
+) -> AsyncIterator[str]:
+    """The server-sent events of an answer. Closing this iterator, as a lost connection does, cancels the job."""
+    opened: set[int] = set()
+    try:
+        piece: tuple[int, Any] | None = first
+        while piece is not None:
+            index, delta = piece
+            if index not in opened:
+                opened.add(index)
+                yield writer.opening(index)
+            choices[index].add(delta)
+            if said := writer.piece(index, delta):
+                yield said
+            if delta.finish:
+                yield writer.closing(index, choices[index])
+            piece = await anext(rest, None)
+        if not job.cancelled.is_set():
+            yield writer.ending(choices)
+    except Exception as error:
+        # The status is gone already; the error is the last event.
+        status, body = described(error)
+        yield answers.event(body)
+    finally:
+        job.cancel()
+
+
+@asynccontextmanager
+async def cancels_when_gone(request: Request, job: Job) -> AsyncIterator[None]:
+    """Cancel the job if the client leaves before the body of this block is done."""
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        job.cancel()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    except BaseException:
+        job.cancel()
+        raise
+    finally:
+        watcher.cancel()
+        with suppress(asyncio.CancelledError):
+            await watcher
+
+
+def described(error: Exception) -> tuple[int, dict[str, Any]]:
+    """Status and body for an exception. What is nobody's bad input is logged whole and told in one sentence."""
+    match error:
+        case UnknownModel():
+            return 404, answers.error(str(error), "model_not_found")
+        case Missing():
+            return 404, answers.error(str(error), "not_found")
+        case TooLarge():
+            return 413, answers.error(str(error), "too_large")
+        case BadInput():
+            return 400, answers.error(str(error), "bad_input")
+        case Busy():
+            return 429, answers.error(str(error), "queue_full", "rate_limit_error")
+        case RequestValidationError():
+            faults = "; ".join(f"{fault['loc'][-1]}: {fault['msg']}" for fault in error.errors())
+            return 400, answers.error(faults, "bad_input")
+        case HTTPException():
+            return error.status_code, answers.error(
+                f"{error.detail} (the endpoints are listed in /openapi.json)", "no_endpoint"
+            )
+        case _:
+            log.error("a request failed", exc_info=error)
+            return 500, answers.error(
+                "the server failed at this request; its log says why", "server_error", "server_error"
+            )
+
+
+async def answer_error(_: Request, error: Exception) -> Response:
+    status, body = described(error)
+    headers = {"Retry-After": str(error.retry_after)} if isinstance(error, Busy) else None
+    return JSONResponse(body, status, headers)
+
+
+HANDLERS: dict[type[Exception], Any] = {
+    kind: answer_error for kind in (BadInput, Busy, RequestValidationError, HTTPException, Exception)
+}
