@@ -226,13 +226,13 @@ def white_tile() -> type[WhiteTile]:
 def served_folder(served_by) -> Callable[[Path], AbstractContextManager]:
     """A server with what `litchi serve FOLDER` makes of a folder, on a port of its own."""
 
-    def serve(folder: Path) -> AbstractContextManager:
+    def serve(folder: Path, *settings: str) -> AbstractContextManager:
         found: list = []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("litchi.serve.run.run", lambda config, sampler, room: found.extend((config, sampler, room)))
-            assert main(["serve", str(folder)]) == 0
+            assert main(["serve", str(folder), *(word for each in settings for word in ("--set", each))]) == 0
         config, sampler, room = found
-        settings = {name: value for name, value in asdict(config).items() if name != "port"}
-        return served_by(sampler, room, **settings)
+        kept = {name: value for name, value in asdict(config).items() if name != "port"}
+        return served_by(sampler, room, **kept)
 
     return serve

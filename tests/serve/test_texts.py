@@ -23,7 +23,7 @@ PROMPTS = ["where is the red ball", "a blue key and"]
 
 @pytest.fixture(scope="module")
 def served(adopted, served_folder) -> Iterator[object]:  # noqa: F811
-    with served_folder(adopted) as served:
+    with served_folder(adopted, "serve.engine.weights=float32") as served:
         yield served
 
 
