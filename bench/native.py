@@ -120,12 +120,12 @@ def decode(trunk: Trunk, model: Model, sequences: int) -> float:
     who = torch.arange(sequences)
     prompt = torch.randint(0, 40_000, (sequences, CONTEXT), generator=torch.Generator().manual_seed(0))
     place.read(prompt.flatten(), who.repeat_interleave(CONTEXT), torch.arange(CONTEXT).repeat(sequences))
-    tokens, at = prompt[:, -1], CONTEXT
+    tokens, at, scores = prompt[:, -1], CONTEXT, torch.empty(sequences, trunk.config.vocab_size)
 
     def step() -> None:
         nonlocal tokens, at
         hidden = place.read(tokens, who, torch.full((sequences,), at))
-        tokens, at = trunk.logits(hidden).argmax(1), CONTEXT + (at + 1 - CONTEXT) % 64
+        tokens, at = trunk.logits(hidden, scores).argmax(1), CONTEXT + (at + 1 - CONTEXT) % 64
 
     return sequences / seconds(step)
 

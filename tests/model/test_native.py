@@ -105,7 +105,8 @@ class Reading:
 
     def found(self, index: int) -> Tensor:
         hidden = torch.cat(self.hidden[index])
-        return torch.cat([hidden, self.trunk.logits(hidden)], 1)
+        scores = torch.full((len(hidden), self.trunk.config.vocab_size), float("nan"))
+        return torch.cat([hidden, self.trunk.logits(hidden, scores)], 1)
 
 
 def ends(document: TokenSequence) -> Tensor:

@@ -144,16 +144,15 @@ void look(const Cache<E>& cache, const Job& job, const word* query, long chunk, 
   for (int b = 0; b * BLOCK < most; ++b) {
     const word* values = reinterpret_cast<const word*>(cache.values + cache.block(job.sequence, job.kv, first + b));
     soon((b + 1) * BLOCK < most ? cache.values : cache.keys, first + b + 1);
+    int common = std::clamp(least - b * BLOCK, 0, BLOCK) / P * P;  // keys that all rows read, in whole words
     for (int d = 0; d < width / BLOCK; ++d) {
       const word *panel = values + d * BLOCK * BLOCK / P, *p = weight + b * BLOCK / P;
-      if ((b + 1) * BLOCK <= least) {
-        TILES<E>[job.rows - 1](p, CHUNK / P, panel, BLOCK, part.out + d * BLOCK, width);
-        continue;
-      }
-      for (int r = 0; r < job.rows; ++r) {
-        int count = std::clamp(readable(job, r, chunk) - b * BLOCK, 0, BLOCK);
-        tile<E, 1>(p + r * CHUNK / P, 0, panel, count, part.out + r * width + d * BLOCK, width);
-      }
+      float* out = part.out + d * BLOCK;
+      TILES<E>[job.rows - 1](p, CHUNK / P, panel, common, out, width);
+      p += common / P, panel += common / P * BLOCK;
+      for (int r = 0; r < job.rows; ++r)
+        if (int rest = std::clamp(readable(job, r, chunk) - b * BLOCK, 0, BLOCK) - common; rest > 0)
+          tile<E, 1>(p + r * CHUNK / P, 0, panel, rest, out + r * width, width);
     }
   }
 }

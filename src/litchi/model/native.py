@@ -210,11 +210,17 @@ class Trunk:
             raise BadInput("a sequence, slot, end or page lies outside of the tables: see Trunk.run for their meaning")
         return hidden_TD
 
-    def logits(self, hidden_ND: Float[Tensor, "N D"], *, normed: bool = False) -> Float[Tensor, "N V"]:
-        """The last norm, unless rows are `normed`, and the language head on rows that `run` gave; fp32."""
-        assert hidden_ND.dtype == torch.float32
-        hidden_ND = hidden_ND.contiguous()
-        logits_NV = torch.empty(len(hidden_ND), self.config.vocab_size)
+    def logits(
+        self, hidden_ND: Float[Tensor, "N D"], out: Float[Tensor, "N V"] | None = None, *, normed: bool = False
+    ) -> Float[Tensor, "N V"]:
+        """The last norm, unless rows are `normed`, and the language head on rows that `run` gave; fp32.
+
+        Into `out` if given, contiguous fp32: fresh memory of this size costs a page fault every 4 KB.
+        """
+        hidden_ND, shape = hidden_ND.contiguous(), (len(hidden_ND), self.config.vocab_size)
+        logits_NV = torch.empty(shape) if out is None else out
+        assert hidden_ND.dtype == logits_NV.dtype == torch.float32
+        assert logits_NV.shape == shape and logits_NV.is_contiguous()
         self.reserve(self.lib.litchi_head_room(self.at_network, len(hidden_ND)))
         arguments = (
             hidden_ND.data_ptr(),

@@ -106,19 +106,23 @@ INLINE h16 to_bf16(v16 x) {  // ties to even; what is no number stays none
 
 template <class Join>
 INLINE float across(v16 v, Join join) {  // the sixteen lanes as a fixed tree
-  float x[16];
-  store(x, v);
-  for (int half = 8; half; half /= 2)
-    for (int i = 0; i < half; ++i) x[i] = join(x[i], x[i + half]);
-  return x[0];
+  typedef float v8 __attribute__((vector_size(32)));
+  typedef float v4 __attribute__((vector_size(16)));
+  v8 x[2];
+  std::memcpy(x, &v, sizeof v);
+  x[0] = join(x[0], x[1]);
+  v4 y[2];
+  std::memcpy(y, x, sizeof y);
+  y[0] = join(y[0], y[1]);
+  return join(join(y[0][0], y[0][2]), join(y[0][1], y[0][3]));
 }
 
 INLINE float sum16(v16 v) {
-  return across(v, [](float a, float b) { return a + b; });
+  return across(v, [](auto a, auto b) { return a + b; });
 }
 
 INLINE float max16(v16 v) {
-  return across(v, [](float a, float b) { return a > b ? a : b; });
+  return across(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 INLINE v16 exp16(v16 x) {  // within 2 ulp; exactly 0 below -87

@@ -108,6 +108,7 @@ class NativeRunner:
         """`dtype` is that of keys and values. Raises BadInput for a network that the path does not know."""
         self.trunk = Trunk(model, dtype, weights)
         self.model = exact.apply(model.eval())
+        self.scored = torch.empty(0, model.config.vocab_size)
         self.name = f"{Path(self.trunk.lib._name).stem} {weights}"
 
     def room(self, num_pages: int, size: int) -> tuple[Tensor, Tensor]:
@@ -137,7 +138,7 @@ class NativeRunner:
         )
         stops = batch.cu_seqlens.tolist()[1:]
         last = [stop - 1 for stop, piece in zip(stops, pieces, strict=True) if piece.scores]
-        scores = iter(self.logits(self.model.norm(hidden_TD[last])) if last else ())
+        scores = iter(self.scores(hidden_TD[last]) if last else ())
         found: list[Tensor | None] = []
         for stop, piece in zip(stops, pieces, strict=True):
             rows = self.model.norm(hidden_TD[stop - piece.rows : stop]) if piece.rows else None
@@ -147,6 +148,12 @@ class NativeRunner:
     @torch.no_grad()
     def logits(self, x_ND: Tensor) -> Tensor:
         return self.trunk.logits(x_ND if x_ND.dim() == 2 else x_ND[None], normed=True).view(*x_ND.shape[:-1], -1)
+
+    def scores(self, hidden_ND: Tensor) -> Tensor:
+        """Scores of a step, in memory of their own: programs have chosen from them before the next step."""
+        if len(hidden_ND) > len(self.scored):
+            self.scored = torch.empty(len(hidden_ND) + 8, self.model.config.vocab_size)
+        return self.trunk.logits(self.model.norm(hidden_ND), self.scored[: len(hidden_ND)], normed=True)
 
 
 class View:
