@@ -199,6 +199,19 @@ def test_what_lies_beyond_the_end_counts_for_nothing():
     assert torch.equal(reading.found(0), wanted[:81])
 
 
+def test_a_neighbour_that_is_no_number_counts_for_nothing():
+    """It follows in the same call, so that both are asked about the same block of keys."""
+    trunk, text = Subject(network(SMALL)), document(90, 6)
+    text.tokens.clamp_(max=73)[-1] = 74
+    wanted = whole(trunk, [text]).found(0)
+    reading = Reading(trunk, [text])
+    reading.table = trunk.table.clone()
+    reading.table[74] = float("nan")
+    reading.read((0, 0, 90))
+    found = reading.found(0)
+    assert torch.equal(found[:89], wanted[:89]) and not bool(found[89].isfinite().any())
+
+
 VARIANTS = {
     "norms of heads": SMALL,
     "biases": replace(SMALL, qkv_bias=True, out_bias=True, mlp_bias=True, qk_norm=False),
