@@ -259,7 +259,7 @@ def test_a_weight_is_within_half_a_step(bits: int):
 
 
 def test_what_was_in_four_bits_stays_as_it_was():
-    """Groups of 32 with an fp16 scale and least value, as Q4_1 has them."""
+    """Groups of 32 with an fp16 scale and least value, which use both ends of their range."""
     generator = torch.Generator().manual_seed(0)
     q = torch.randint(0, 16, (32, 2, 32), generator=generator)
     q[..., 0], q[..., 1] = 0, 15
