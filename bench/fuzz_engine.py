@@ -1,11 +1,12 @@
 """Hundreds of random schedules on real weights: does any change a bit of any answer, and what does that promise cost?
 
-    python bench/fuzz_engine.py [--schedules 80]
+    python bench/fuzz_engine.py [--schedules 80] [--path native]
 
 Each schedule draws arrivals, lengths, chunk and page sizes, memory, preemptions, cancels and shared beginnings. Every
-answer and every log-probability must equal those of the reference decoder, which reads each document alone and whole
-for every token. Networks: SmolLM2-135M-Instruct (text) and the tiny checkpoint (text, pictures, frames, actions), both
-in fp32 and bf16. The cost is the time of the same requests with the rules off, in turn.
+answer and every log-probability must equal those of an oracle that reads each document alone and whole for every token:
+the reference decoder (torch), or the same kernels (native). Networks: SmolLM2-135M-Instruct (text) and the tiny
+checkpoint (text, pictures, frames, actions), both in fp32 and bf16. With torch also the cost: the time of the same
+requests with the rules off, in turn; the native path has none, it knows no other way to add.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from litchi.model.weights import Checkpoint, load
 from litchi.schema.request import Completion, Request, SamplingParams
 from litchi.schema.sample import Action, Image, Role, Text
 from litchi.serve.engine import Engine, EngineConfig
-from tests.serve.test_engine import Answer, play, same
+from tests.serve.test_engine import Alone, Answer, play, same
 
 TEXT = Path(__file__).read_text() + Path("README.md").read_text()
 ROUNDS = 5
@@ -41,6 +42,7 @@ DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--schedules", type=int, default=80, help="of each network and type")
+    parser.add_argument("--path", choices=("native", "torch"), default="native")
     parser.add_argument("--show", action="store_true", help="print only, and add no row to the results")
     asked = parser.parse_args()
     wrong = 0
@@ -49,7 +51,7 @@ def main() -> int:
         pool = [draw(random.Random(f"{name}{i}")) for i in range(40)]
         for dtype in DTYPES:
             wrong += fuzz(loaded, name, pool, dtype, asked)
-            if name == "smollm2":
+            if name == "smollm2" and asked.path == "torch":
                 price(loaded, dtype, show=asked.show)
     print(f"{4 * asked.schedules} schedules, {wrong} answers differ")
     return 1 if wrong else 0
@@ -57,19 +59,23 @@ def main() -> int:
 
 def fuzz(loaded: Checkpoint, name: str, pool: list[Request], dtype: Dtype, asked: argparse.Namespace) -> int:
     """How many answers differ."""
-    steady = exact.apply(deepcopy(loaded.model))
-    oracle = Generator(steady, loaded.processor, cached=False, dtype=getattr(torch, dtype))
+    if asked.path == "native":
+        oracle = Alone(loaded.model, loaded.processor, dtype)
+    else:
+        steady = exact.apply(deepcopy(loaded.model))
+        oracle = Generator(steady, loaded.processor, cached=False, dtype=getattr(torch, dtype))
     expected: dict[int, Completion] = {}
     told = differ = gave_way = remembered = 0
     for seed in range(asked.schedules):
-        engine, answers = schedule(loaded, pool, seed, dtype)
+        engine, answers = schedule(loaded, pool, seed, dtype, asked.path)
         for index, answer in answers:
             if answer.deltas and answer.deltas[-1].finish:
                 if index not in expected:
                     expected[index] = oracle.complete(pool[index])
                 told, differ = told + 1, differ + (not same(whole(answer.deltas), expected[index]))
         gave_way, remembered = gave_way + engine.preempted, remembered + engine.tokens_cached
-    what = f"{name} {dtype}, {asked.schedules} schedules, {gave_way} preemptions, {remembered} tokens remembered"
+    what = f"{name} {dtype} by {asked.path}, {asked.schedules} schedules, {gave_way} preemptions"
+    what += f", {remembered} tokens remembered"
     print(f"{what}: {told} answers, {differ} differ", flush=True)
     if not asked.show:
         append("fuzz_engine", f"{what}: equal", told - differ, "answers", peer="answers", peer_figure=told)
@@ -77,7 +83,7 @@ def fuzz(loaded: Checkpoint, name: str, pool: list[Request], dtype: Dtype, asked
 
 
 def schedule(
-    loaded: Checkpoint, pool: list[Request], seed: int, dtype: Dtype
+    loaded: Checkpoint, pool: list[Request], seed: int, dtype: Dtype, path: Literal["native", "torch"]
 ) -> tuple[Engine, list[tuple[int, Answer]]]:
     """Requests of a pool by their index, and what each was told."""
     rng = random.Random(f"{dtype}{seed}")
@@ -85,10 +91,10 @@ def schedule(
     config = EngineConfig(
         max_running=rng.choice((1, 4, 16)),
         step_tokens=rng.choice((7, 32, 128, 512)),
-        page=rng.choice((16, 64, 128)),
+        page=rng.choice((32, 64, 128)),
         cache_tokens=rng.choice((1024, 1536, 8192)),
         remember=rng.random() < 0.8,
-        path="torch",
+        path=path,
         weights=dtype,
     )
     engine = Engine(loaded.model, loaded.processor, config)

@@ -199,6 +199,19 @@ def test_what_lies_beyond_the_end_counts_for_nothing():
     assert torch.equal(reading.found(0), wanted[:81])
 
 
+def test_a_neighbour_that_is_no_number_counts_for_nothing():
+    """It follows in the same call, so that both are asked about the same block of keys."""
+    trunk, text = Subject(network(SMALL)), document(90, 6)
+    text.tokens.clamp_(max=73)[-1] = 74
+    wanted = whole(trunk, [text]).found(0)
+    reading = Reading(trunk, [text])
+    reading.table = trunk.table.clone()
+    reading.table[74] = float("nan")
+    reading.read((0, 0, 90))
+    found = reading.found(0)
+    assert torch.equal(found[:89], wanted[:89]) and not bool(found[89].isfinite().any())
+
+
 VARIANTS = {
     "norms of heads": SMALL,
     "biases": replace(SMALL, qkv_bias=True, out_bias=True, mlp_bias=True, qk_norm=False),
@@ -246,7 +259,7 @@ def test_a_weight_is_within_half_a_step(bits: int):
 
 
 def test_what_was_in_four_bits_stays_as_it_was():
-    """Groups of 32 with an fp16 scale and least value, as Q4_1 has them."""
+    """Groups of 32 with an fp16 scale and least value, which use both ends of their range."""
     generator = torch.Generator().manual_seed(0)
     q = torch.randint(0, 16, (32, 2, 32), generator=generator)
     q[..., 0], q[..., 1] = 0, 15

@@ -125,7 +125,7 @@ INLINE float max16(v16 v) {
   return across(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
-INLINE v16 exp16(v16 x) {  // within 2 ulp; exactly 0 below -87
+INLINE v16 exp16(v16 x) {  // Cephes' polynomial; exactly 0 below -87
   v16 kept = x < -87.f ? all(-87.f) : (x > 88.f ? all(88.f) : x);
   v16 n = nearest(kept * 1.44269504088896341f);
   v16 r = fma(n, all(-0.693359375f), kept);
@@ -251,7 +251,7 @@ struct Thread {
 
   Range share(long n) const { return {n * index / team.size, n * (index + 1) / team.size}; }
 
-  void meet() const {  // spins, which is several times faster than sleeping, but yields where cores are short
+  void meet() const {  // spins, since stages are short, but yields where cores are
     if (team.size == 1) return;
     int phase = team.phase.load(std::memory_order_acquire);
     if (team.waiting.fetch_add(1, std::memory_order_acq_rel) == team.size - 1) {

@@ -1,7 +1,8 @@
 """How weights and pages lie in memory for the native path: panels of 32 outputs, in the order in which they are read.
 
 int8 and int4 are unsigned, in groups of 32 inner values with an fp16 scale and an fp16 least value for each output: a
-weight is scale * q + least. What llama.cpp holds as Q4_1 is read and packed again without any loss.
+weight is scale * q + least. A group that was so quantised before, and used both its ends, is packed again without loss;
+of SmolLM2's Q4_1 file that holds for a quarter of the weights only.
 
 N outputs, I inner values of a matrix; B panels of 32 outputs. L layers, P pages, G key-value heads, K head width.
 """
