@@ -30,7 +30,8 @@ from litchi.model.generate import Generator, whole
 from litchi.model.weights import Checkpoint, load
 from litchi.schema.request import Completion, Request, SamplingParams
 from litchi.schema.sample import Action, Image, Role, Text
-from litchi.serve.engine import Engine, EngineConfig
+from litchi.serve.engine import Engine, EngineConfig, runner_of
+from litchi.serve.runner import Runner
 from tests.serve.test_engine import Alone, Answer, play, same
 
 TEXT = Path(__file__).read_text() + Path("README.md").read_text()
@@ -59,15 +60,16 @@ def main() -> int:
 
 def fuzz(loaded: Checkpoint, name: str, pool: list[Request], dtype: Dtype, asked: argparse.Namespace) -> int:
     """How many answers differ."""
+    runner = runner_of(loaded.model, EngineConfig(path=asked.path, weights=dtype))
     if asked.path == "native":
-        oracle = Alone(loaded.model, loaded.processor, dtype)
+        oracle = Alone(loaded.model, loaded.processor, dtype, runner)
     else:
         steady = exact.apply(deepcopy(loaded.model))
         oracle = Generator(steady, loaded.processor, cached=False, dtype=getattr(torch, dtype))
     expected: dict[int, Completion] = {}
     told = differ = gave_way = remembered = 0
     for seed in range(asked.schedules):
-        engine, answers = schedule(loaded, pool, seed, dtype, asked.path)
+        engine, answers = schedule(loaded, pool, seed, dtype, runner)
         for index, answer in answers:
             if answer.deltas and answer.deltas[-1].finish:
                 if index not in expected:
@@ -83,7 +85,7 @@ def fuzz(loaded: Checkpoint, name: str, pool: list[Request], dtype: Dtype, asked
 
 
 def schedule(
-    loaded: Checkpoint, pool: list[Request], seed: int, dtype: Dtype, path: Literal["native", "torch"]
+    loaded: Checkpoint, pool: list[Request], seed: int, dtype: Dtype, runner: Runner
 ) -> tuple[Engine, list[tuple[int, Answer]]]:
     """Requests of a pool by their index, and what each was told."""
     rng = random.Random(f"{dtype}{seed}")
@@ -94,10 +96,9 @@ def schedule(
         page=rng.choice((32, 64, 128)),
         cache_tokens=rng.choice((1024, 1536, 8192)),
         remember=rng.random() < 0.8,
-        path=path,
         weights=dtype,
     )
-    engine = Engine(loaded.model, loaded.processor, config)
+    engine = Engine(loaded.model, loaded.processor, config, runner=runner)
     answers = play(engine, [pool[index] for index in chosen], rng)
     return engine, list(zip(chosen, answers, strict=True))
 

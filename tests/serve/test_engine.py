@@ -23,7 +23,7 @@ from litchi.schema.processor import Processor
 from litchi.schema.request import Completion, Delta, Request, SamplingParams
 from litchi.schema.sample import Action, Image, Role, Text
 from litchi.serve.engine import Engine, EngineConfig, Track
-from litchi.serve.runner import Piece
+from litchi.serve.runner import Piece, Runner
 from tests.laws.documents import WORDS, model, processor
 
 KINDS = {"mask": {}, "flow": {"flow": True}, "tower": {"tower": True}, "film": {"film": True}}
@@ -51,9 +51,9 @@ class Alone(Engine):
     """The oracle of a path that the reference decoder does not have: one document at a time, all of it for every
     token, and nothing is remembered."""
 
-    def __init__(self, net: Model, p: Processor, weights: Format) -> None:
+    def __init__(self, net: Model, p: Processor, weights: Format, runner: Runner | None = None) -> None:
         config = EngineConfig(max_running=1, step_tokens=1 << 30, path="native", weights=weights, remember=False)
-        super().__init__(net, p, config)
+        super().__init__(net, p, config, runner=runner)
 
     def commit(self, track: Track, piece: Piece, answer: torch.Tensor | None) -> None:
         assert track.wish is not None and piece.start == 0 and piece.stop == len(track.wish.builder.tokens)

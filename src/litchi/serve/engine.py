@@ -113,14 +113,19 @@ class Engine:
     """A `Sampler` for many at once. `start` runs it in a thread of its own; `step` does one step, for tests."""
 
     def __init__(
-        self, model: Model, processor: Processor, config: EngineConfig | None = None, weights: str = ""
+        self,
+        model: Model,
+        processor: Processor,
+        config: EngineConfig | None = None,
+        weights: str = "",
+        runner: Runner | None = None,
     ) -> None:
-        """`weights` is what tells these weights from others."""
+        """`weights` is what tells these weights from others; a `runner` that is there already need not be built."""
         self.config = config or EngineConfig()
         self.model, self.processor, self.weights = model, processor, weights
         if exact.KEYS % self.config.page:
             raise BadInput(f"serve.engine.page={self.config.page} must divide {exact.KEYS}: set 64")
-        self.runner = runner_of(model, self.config)
+        self.runner = runner or runner_of(model, self.config)
         room = self.runner.room(self.config.cache_tokens // self.config.page + 1, self.config.page)
         self.pages = Pages(*room, clear=self.runner.clear)
         self.running: list[Track] = []
