@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -27,6 +28,12 @@ from litchi.cli import find_checkpoint
 PEERS = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "litchi" / "peers"
 HERE = Path(__file__).parent / "peers"
 TOKENS, COUNTS, THREADS = 64, (1, 16), 2
+HEADS = {
+    "README.md": ("system | start, s | memory, GB", "{}: tokens/s | first, s | step p50, p99, ms"),
+    "README.zh.md": ("系统 | 启动 s | 内存 GB", "{} 个：词元/s | 首个 s | 每步 p50、p99 ms"),
+}
+MARKS = re.compile(r"(<!-- engine -->\n).*?(<!-- /engine -->)", re.DOTALL)
+"""Where the table stands in both."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +45,7 @@ class System:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--show", action="store_true", help="print only, and add no row to the results")
+    parser.add_argument("--show", action="store_true", help="print only: no row, and no table in the README")
     asked = parser.parse_args()
     words = Path("README.md").read_text().split()
     prompts = [" ".join(words[9 * i : 9 * i + 100]) for i in range(max(COUNTS))]
@@ -48,9 +55,14 @@ def main() -> None:
         file.write_text(json.dumps(work))
         told = {system.name: measure(system) for system in systems(file)}
     figures = {name: {c: summary(rounds, int(c)) for c, rounds in t["found"].items()} for name, t in told.items() if t}
-    show(told, figures)
-    if not asked.show:
-        report(figures)
+    print(table(told, figures, "README.md"))
+    if asked.show:
+        return
+    report(figures)
+    for page in HEADS:
+        path = Path(page)
+        rows = table(told, figures, page)
+        path.write_text(MARKS.sub(lambda m: f"{m[1]}{rows}\n{m[2]}", path.read_text(), count=1))  # noqa: B023
 
 
 def systems(prompts: Path) -> list[System]:
@@ -111,18 +123,20 @@ def summary(rounds: list[dict], count: int) -> Figures:
     )
 
 
-def show(told: dict[str, dict | None], figures: dict[str, dict[str, Figures]]) -> None:
-    each = [f"{count}: tok/s | first s | step p50, p99 ms" for count in COUNTS]
-    print(f"| system | start s | memory GB | {' | '.join(each)} |")
-    print("|---" * 9 + "|")
+def table(told: dict[str, dict | None], figures: dict[str, dict[str, Figures]], page: str) -> str:
+    """One row a system, of the median round."""
+    each = [HEADS[page][1].format(count) for count in COUNTS]
+    lines = [f"| {HEADS[page][0]} | {' | '.join(each)} |", "|---" * 9 + "|"]
     for name, by in figures.items():
         whole = told[name]
         assert whole is not None
         cells = [f"{whole['start']:.1f}", f"{whole['memory'] / 1e9:.2f}"]
         for count in map(str, COUNTS):
             f = by[count]
-            cells += [f"{f.rate:.0f}", f"{f.first:.2f}", f"{1000 * f.middle:.1f}, {1000 * f.slow:.1f}"]
-        print(f"| {name} | {' | '.join(cells)} |")
+            steps = "" if f.middle != f.middle else f"{1000 * f.middle:.1f}, {1000 * f.slow:.1f}"
+            cells += [f"{f.rate:.0f}", f"{f.first:.2f}", steps]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def report(figures: dict[str, dict[str, Figures]]) -> None:
