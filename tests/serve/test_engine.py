@@ -245,6 +245,27 @@ def test_what_does_not_fit_is_refused_or_ends_alone() -> None:
     assert grows.ended and (isinstance(grows.error, BadInput) or grows.deltas[-1].finish == "stop")
 
 
+def test_a_step_that_fails_ends_those_who_were_read_for_and_no_others(caplog: pytest.LogCaptureFixture) -> None:
+    p, net = network("mask")
+    engine = Engine(net, p, EngineConfig(path="torch", page=8, step_tokens=8))
+    run, asked = engine.runner.run, Request(parts=(Text(text="where is the key", role=Role.USER),))
+    answers = [Answer() for _ in range(3)]
+    for answer in answers:
+        engine.submit(asked, answer.take)
+
+    def fall(pieces: object, pages: object) -> list:
+        engine.runner.run = run
+        raise RuntimeError("out of memory")
+
+    engine.runner.run = fall
+    while engine.step():
+        pass
+    failed = [isinstance(answer.error, RuntimeError) for answer in answers]
+    assert 1 <= sum(failed) < 3 and "a step of the engine failed" in caplog.text
+    assert all(answer.ended and (answer.error or answer.deltas[-1].finish) for answer in answers)
+    assert engine.pages.num_free == len(engine.pages.readers) - 1
+
+
 def test_its_thread_answers_many_at_once() -> None:
     p, net = network("mask")
     engine = Engine(net, p, EngineConfig(path="torch")).start()

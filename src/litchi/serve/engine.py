@@ -238,7 +238,13 @@ class Engine:
         chosen = self.choose()
         if not chosen:
             return False
-        found = self.runner.run([piece for _, piece in chosen], self.pages)
+        try:
+            found = self.runner.run([piece for _, piece in chosen], self.pages)
+        except Exception as error:  # whoever was read for must hear of it, and the others go on
+            log.exception("a step of the engine failed")
+            for track, _ in chosen:
+                self.leave(track, error)
+            return True
         self.num_steps += 1
         for (track, piece), answer in zip(chosen, found, strict=True):
             self.commit(track, piece, answer)
