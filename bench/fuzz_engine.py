@@ -31,8 +31,9 @@ from litchi.model.generate import Generator, whole
 from litchi.model.weights import Checkpoint, load
 from litchi.schema.request import Completion, Request, SamplingParams
 from litchi.schema.sample import Action, Image, Role, Text
-from litchi.serve.engine import Engine, EngineConfig, runner_of
+from litchi.serve.engine import Engine, runner_of
 from litchi.serve.runner import Runner
+from litchi.serve.scheduler import EngineConfig
 from tests.serve.test_engine import Alone, Answer, play, same
 
 TEXT = Path(__file__).read_text() + Path("README.md").read_text()

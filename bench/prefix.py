@@ -19,7 +19,8 @@ from litchi.model.generate import whole
 from litchi.model.weights import load
 from litchi.schema.request import Completion, Request, SamplingParams
 from litchi.schema.sample import Part, Role, Text
-from litchi.serve.engine import Engine, EngineConfig
+from litchi.serve.engine import Engine
+from litchi.serve.scheduler import EngineConfig
 
 ROUNDS = 3
 WORDS = Path("README.md").read_text().split()

@@ -1,4 +1,7 @@
-"""Our engine on the same prompts, in a process of its own: python litchi_engine.py CHECKPOINT PROMPTS.json WEIGHTS"""
+"""Our engine on the same prompts, in a process of its own.
+
+Run by bench/engine.py: python litchi_engine.py CHECKPOINT PROMPTS.json WEIGHTS
+"""
 
 from __future__ import annotations
 

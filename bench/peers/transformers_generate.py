@@ -1,4 +1,7 @@
-"""transformers' generate in bfloat16, all prompts as one batch: python transformers_generate.py GGUF PROMPTS.json"""
+"""transformers' generate in bfloat16, all prompts as one batch.
+
+Run by bench/engine.py: python transformers_generate.py MODEL.gguf PROMPTS.json
+"""
 
 from __future__ import annotations
 

@@ -22,8 +22,9 @@ from litchi.model.packing import Format
 from litchi.schema.processor import Processor
 from litchi.schema.request import Completion, Delta, Request, SamplingParams
 from litchi.schema.sample import Action, Image, Role, Text
-from litchi.serve.engine import Engine, EngineConfig, Track
+from litchi.serve.engine import Engine
 from litchi.serve.runner import Piece, Runner
+from litchi.serve.scheduler import EngineConfig, Track
 from tests.laws.documents import WORDS, model, processor
 
 KINDS = {"mask": {}, "flow": {"flow": True}, "tower": {"tower": True}, "film": {"film": True}}
@@ -57,7 +58,7 @@ class Alone(Engine):
 
     def commit(self, track: Track, piece: Piece, answer: torch.Tensor | None) -> None:
         assert track.wish is not None and piece.start == 0 and piece.stop == len(track.wish.builder.tokens)
-        self.give_back(track)
+        self.scheduler.give_back(track)
         self.advance(track, answer)
 
     def complete(self, request: Request) -> Completion:

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from litchi.config import BadInput
 from litchi.record import need
 from litchi.schema.protocol import Sampler
-from litchi.serve.engine import Engine, EngineConfig
+from litchi.serve.engine import Engine
 from litchi.serve.guard import LOOPBACK
 from litchi.serve.limits import Limits
+from litchi.serve.scheduler import EngineConfig
 from litchi.serve.sessions import MakeRoom
 from litchi.serve.solo import Solo
 from litchi.serve.worker import Worker
