@@ -233,7 +233,13 @@ class Engine:
         chosen = self.choose()
         if not chosen:
             return False
-        found = self.runner.run([piece for _, piece in chosen], self.pages)
+        try:
+            found = self.runner.run([piece for _, piece in chosen], self.pages)
+        except Exception as error:
+            # Whatever it was, the next step may work; those who were read for are told, and nobody waits for ever.
+            for track, _ in chosen:
+                self.leave(track, error)
+            return True
         self.num_steps += 1
         for (track, piece), answer in zip(chosen, found, strict=True):
             self.commit(track, piece, answer)
@@ -242,9 +248,14 @@ class Engine:
     def admit(self) -> None:
         """Let those in that wait, and those go who have left."""
         with self.changed:
+            left = [track for track in self.waiting if track.cancelled]
+            for track in left:
+                self.waiting.remove(track)
             fresh: list[Track] = []
             while self.waiting and len(self.running) + len(fresh) < self.config.max_running:
                 fresh.append(self.waiting.popleft())
+        for track in left:
+            self.end(track, None)
         self.running += fresh
         for track in fresh:
             self.advance(track, None)
