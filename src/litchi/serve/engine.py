@@ -254,13 +254,13 @@ class Engine:
             fresh: list[Track] = []
             while self.waiting and len(self.running) + len(fresh) < self.config.max_running:
                 fresh.append(self.waiting.popleft())
-        for track in left:
-            self.end(track, None)
         self.running += fresh
         for track in fresh:
             self.advance(track, None)
         for track in [track for track in self.running if track.cancelled]:
             self.running.remove(track)
+            self.end(track, None)
+        for track in left:
             self.end(track, None)
 
     # ---- who reads ----
