@@ -219,6 +219,9 @@ class Engine:
     def admit(self) -> None:
         """Let those in that wait, and those go who have left."""
         with self.changed:
+            left = [track for track in self.waiting if track.cancelled]
+            for track in left:
+                self.waiting.remove(track)
             fresh: list[Track] = []
             while self.waiting and len(self.running) + len(fresh) < self.config.max_running:
                 fresh.append(self.waiting.popleft())
@@ -227,6 +230,8 @@ class Engine:
             self.advance(track, None)
         for track in [track for track in self.running if track.cancelled]:
             self.running.remove(track)
+            self.end(track, None)
+        for track in left:
             self.end(track, None)
 
     # ---- what was read ----

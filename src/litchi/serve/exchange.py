@@ -14,6 +14,7 @@ from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from litchi.config import BadInput
 from litchi.schema.request import Delta
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("litchi.serve")
 T = TypeVar("T")
+STOPPING = answers.error("the server is stopping; try again", "stopping", "server_error")
 
 
 class Scribe(Protocol):
@@ -105,7 +107,7 @@ class Stopped(JSONResponse):
     """What nobody reads: the client left, or the server stops in the middle of an answer."""
 
     def __init__(self) -> None:
-        super().__init__(answers.error("the server is stopping; try again", "stopping", "server_error"), 503)
+        super().__init__(STOPPING, 503)
 
 
 async def events(
@@ -127,7 +129,8 @@ async def events(
                 yield writer.closing(index, choices[index])
             piece = await anext(rest, None)
         if not job.cancelled.is_set():
-            yield writer.ending(choices)
+            over = all(choice.over for choice in choices)
+            yield writer.ending(choices) if over else answers.event(STOPPING)
     except Exception as error:
         # The status is gone already; the error is the last event.
         status, body = described(error)
@@ -168,6 +171,8 @@ def described(error: Exception) -> tuple[int, dict[str, Any]]:
             return 413, answers.error(str(error), "too_large")
         case BadInput():
             return 400, answers.error(str(error), "bad_input")
+        case ClientDisconnect():
+            return 400, answers.error("the client left before its request was whole", "disconnected")
         case Busy():
             return 429, answers.error(str(error), "queue_full", "rate_limit_error")
         case RequestValidationError():
@@ -191,5 +196,5 @@ async def answer_error(_: Request, error: Exception) -> Response:
 
 
 HANDLERS: dict[type[Exception], Any] = {
-    kind: answer_error for kind in (BadInput, Busy, RequestValidationError, HTTPException, Exception)
+    kind: answer_error for kind in (BadInput, Busy, ClientDisconnect, RequestValidationError, HTTPException, Exception)
 }

@@ -8,6 +8,9 @@ from typing import Any
 
 from litchi.config import BadInput
 
+MAX_OBJECTS = 4096
+"""Members of one list of objects."""
+
 
 class Fields:
     """A JSON object at `where` (say `messages[0].`); a field that is absent or null takes its default."""
@@ -22,7 +25,7 @@ class Fields:
         names = set(names)
         for name in self.value:
             if name not in names:
-                near = get_close_matches(name, names, n=1)
+                near = get_close_matches(name[:80], names, n=1)  # whose time grows with a stranger's name
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise BadInput(f"{self.where}{name[:80]}: no such parameter{hint}")
 
@@ -66,6 +69,8 @@ class Fields:
         value = self._given(name, None)
         if not isinstance(value, list) or not value:
             raise self._wrong(name, "a list of objects, at least one", value)
+        if len(value) > MAX_OBJECTS:
+            raise BadInput(f"{self.where}{name} has {len(value)} members, at most {MAX_OBJECTS} are read; send fewer")
         return [Fields(each, f"{self.where}{name}[{i}].") for i, each in enumerate(value)]
 
     def _given(self, name: str, default: Any) -> Any:

@@ -44,10 +44,16 @@ class Guard:
         host = headers.get("host", "")
         if self.hosts and _name(host) not in self.hosts:
             return Refusal(403, f"this server does not answer to the host {host[:80]!r}; set allowed_hosts", "bad_host")
+        if "content-length" in headers and "transfer-encoding" in headers:
+            # A proxy that believes the other of the two sees other requests in the same bytes.
+            return Refusal(400, "a request has Content-Length or Transfer-Encoding, not both", "smuggling", close=True)
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _place(origin) != host:
             return Refusal(403, "requests from pages of other origins are refused", "bad_origin")
-        if self.key and path not in OPEN and not path.startswith("/web/") and not self._knows(headers):
+        # A picture or a script of a page names no Origin, but browsers say that the page is another's.
+        if headers.get("sec-fetch-site") in ("cross-site", "same-site") and not is_open(path):
+            return Refusal(403, "requests from pages of other origins are refused", "bad_origin")
+        if self.key and not is_open(path) and not self._knows(headers):
             mend = "send Authorization: Bearer KEY"
             return Refusal(401, f"a valid API key is needed: {mend}", "invalid_api_key", "authentication_error")
         return None
@@ -62,12 +68,28 @@ class Guard:
 
 
 class Refusal:
-    def __init__(self, status: int, message: str, code: str, kind: str = "permission_error"):
-        self.status, self.message, self.code, self.kind = status, message, code, kind
+    def __init__(
+        self, status: int, message: str, code: str, kind: str = "permission_error", *, close: bool = False
+    ) -> None:
+        self.status, self.message, self.code, self.kind, self.close = status, message, code, kind, close
 
     def response(self) -> JSONResponse:
-        headers = {"WWW-Authenticate": "Bearer"} if self.status == 401 else None
+        headers = {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
+        headers |= {"Connection": "close"} if self.close else {}
         return JSONResponse(error(self.message, self.code, self.kind), self.status, headers)
+
+
+def is_open(path: str) -> bool:
+    """Whether a path asks for no key: the page, its files and /health."""
+    return path in OPEN or path.startswith("/web/")
+
+
+def _place(origin: str) -> str | None:
+    """The host and port of an origin; None if it has none, as "null"."""
+    try:
+        return urlsplit(origin).netloc or None
+    except ValueError:
+        return None
 
 
 def _name(host: str) -> str:

@@ -21,6 +21,11 @@ from litchi.config import BadInput
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP")
 DATA_URL = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?P<params>(?:;[\w=.+-]+)*?)(?P<base64>;base64)?,", re.ASCII)
 
+MAX_VALUES = 1 << 20
+"""Of one body: objects, lists, and what commas part, those within texts included."""
+MAX_SCANS = 100
+"""Passes that a JPEG may take over its pixels; encoders write about ten, a hostile file a hundred thousand."""
+
 
 class TooLarge(BadInput):
     """Bad input by its size alone: HTTP 413."""
@@ -64,6 +69,10 @@ async def read_body(chunks: AsyncIterator[bytes], declared: str | None, limits: 
 
 def read_json(body: bytes | str) -> dict[str, Any]:
     """A JSON object; NaN and Infinity, which JSON does not have, are refused."""
+    marks = (b"{", b"[", b",") if isinstance(body, bytes) else ("{", "[", ",")
+    # Objects take a hundred times the memory of the three bytes that they are written in.
+    if sum(map(body.count, marks)) > MAX_VALUES:  # pyrefly: ignore
+        raise TooLarge(f"the body holds more than {MAX_VALUES} values; send less")
 
     def refuse(constant: str) -> None:
         raise BadInput(f"the body holds {constant}, which is not JSON")
@@ -120,6 +129,8 @@ def _bytes_of(url: str, limits: Limits, where: str) -> bytes:
 def _decode(raw: bytes, limits: Limits, where: str) -> tuple[UInt8[np.ndarray, "h w 3"], tuple[int, int]]:
     # Pillow reads only the header in `open`; pixels are decoded after the size was accepted.
     kinds = ", ".join(FORMATS)
+    if raw[:2] == b"\xff\xd8" and raw.count(b"\xff\xda") > MAX_SCANS:
+        raise TooLarge(f"{where} is a JPEG of more than {MAX_SCANS} scans; save it again, or as PNG")
     try:
         with Pillow.open(io.BytesIO(raw), formats=FORMATS) as picture:
             width, height = picture.size

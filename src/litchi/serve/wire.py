@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -120,10 +120,11 @@ def read_next(body: dict[str, Any], model: str, limits: Limits) -> Ask:
     fields.known(("model", "want", "parts", "space", *SAMPLING))
     check_model(fields, model)
     want = "frame" if fields.choice("want", None, ("frame", "action")) == "frame" else "action"
-    parts = [_read_part(each, limits) for each in fields.objects("parts")]
-    check_text([p.text for p in parts if isinstance(p, Text)], limits)
-    if sum(isinstance(p, Image) for p in parts) > limits.max_images:
+    pieces = fields.objects("parts")
+    if num_pictures(piece.value for piece in pieces) > limits.max_images:
         raise BadInput(f"at most {limits.max_images} frames are read; send the last ones")
+    parts = [_read_part(each, limits) for each in pieces]
+    check_text([p.text for p in parts if isinstance(p, Text)], limits)
     params = replace(read_params(fields, limits), seed=fields.integer("seed", 0, 0, MAX_SEED))
     size = {"height": limits.side, "width": limits.side}
     request = Request(parts=tuple(parts), want=want, params=params, space=fields.text("space", ""), **size)
@@ -136,6 +137,10 @@ def read_messages(
     """The parts of a conversation, and what was done to them in words."""
     parts: list[Part] = []
     notes: list[str] = []
+    # Counted before any is decoded: thousands of small files fit into one body, each of millions of pixels.
+    shown = [each.get("content") for each in messages if isinstance(each.get("content"), list)]
+    if num_pictures(piece for content in shown for piece in content) > limits.max_images:
+        raise BadInput(f"at most {limits.max_images} pictures fit into one conversation; drop the oldest messages")
     for message in messages:
         message.known((*MESSAGE, *ECHOED))
         role = ROLES[message.choice("role", None, tuple(ROLES))]
@@ -154,12 +159,14 @@ def read_messages(
                 notes += [note] if note else []
             if calls:
                 parts.append(Text(text=as_said("", calls, style), role=role))
-    if sum(isinstance(p, Image) for p in parts) > limits.max_images:
-        raise BadInput(f"at most {limits.max_images} pictures fit into one conversation; drop the oldest messages")
     check_text([p.text for p in parts if isinstance(p, Text)], limits)
     if parts[-1].role not in (Role.USER, Role.TOOL):
         raise BadInput("the last message must be the user's or a tool's: there is nothing to answer")
     return tuple(parts), tuple(notes)
+
+
+def num_pictures(pieces: Iterable[Any]) -> int:
+    return sum(isinstance(piece, dict) and piece.get("type") == "image_url" for piece in pieces)
 
 
 def _result(message: Fields) -> str:

@@ -1,0 +1,192 @@
+"""Whatever breaks off, a client, a program, a step or the engine, ends that alone: the rest is told and goes on."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+
+import httpx
+import pytest
+
+from litchi.model.program import Program, Steps
+from litchi.serve.engine import Engine, EngineConfig
+from tests.serve.test_engine import network
+
+CHAT = "/v1/chat/completions"
+
+
+class Gate:
+    """Stands before each step of an engine: open, shut, slow by `pause` seconds, or broken for the next one."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.open, self.waiting = threading.Event(), threading.Event()
+        self.fault: Exception | None = None
+        self.pause = 0.0
+        self.open.set()
+        self.run, engine.runner.run = engine.runner.run, self.pass_through
+
+    def pass_through(self, pieces, pages):
+        self.waiting.set()
+        assert self.open.wait(20)
+        threading.Event().wait(self.pause)
+        self.waiting.clear()
+        if self.fault is not None:
+            fault, self.fault = self.fault, None
+            raise fault
+        return self.run(pieces, pages)
+
+
+@pytest.fixture
+def engine(served_by) -> Callable:
+    """`with engine(max_running=2) as (engine, gate, client):`; all pages are free again and the thread lives."""
+
+    @contextmanager
+    def one(**settings: object) -> Iterator[tuple[Engine, Gate, httpx.Client]]:
+        p, net = network("mask")
+        made = Engine(net, p, EngineConfig(path="torch", page=8, cache_tokens=2048, **settings))
+        gate = Gate(made)
+        with served_by(made, side=8) as served, httpx.Client(base_url=served.url, timeout=20) as client:
+            try:
+                yield made, gate, client
+            finally:
+                gate.open.set()
+        assert made.pages.num_free == len(made.pages.readers) - 1, "pages were lost"
+
+    return one
+
+
+def body(text: str = "where is the key", max_tokens: int = 6, **more: object) -> dict:
+    return {"messages": [{"role": "user", "content": text}], "max_tokens": max_tokens, "ignore_eos": True} | more
+
+
+def said(answer: httpx.Response) -> str:
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"][0]["message"]["content"]
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """The event only paces the looking."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < 10, "it did not come about within ten seconds"
+        threading.Event().wait(0.005)
+
+
+def num_free(engine: Engine) -> bool:
+    return engine.pages.num_free == len(engine.pages.readers) - 1
+
+
+def test_a_client_that_leaves_a_stream_frees_its_pages(engine) -> None:
+    with engine() as (made, gate, client):
+        gate.pause = 0.005
+        with client.stream("POST", CHAT, json=body(max_tokens=1000, stream=True)) as answer:
+            next(answer.iter_lines())
+            gate.open.clear()
+            assert gate.waiting.wait(10) and not num_free(made)
+        until(lambda: made.running[0].cancelled)
+        gate.open.set()
+        until(lambda: not made.load().running and num_free(made))
+        assert made.num_steps < 900
+        assert client.post(CHAT, json=body()).status_code == 200
+
+
+def test_a_program_that_raises_ends_alone(engine, monkeypatch) -> None:
+    """It raises in the middle of its answer, while others are answered in the same steps."""
+    say = Program.say
+
+    def trapped(program: Program) -> Steps:
+        steps, found = say(program), None
+        while program.params.seed != 13 or len(program.builder.tokens) < program.prompt_tokens + 4:
+            try:
+                found = yield steps.send(found)
+            except StopIteration:
+                return
+        raise RuntimeError("the ladder fell")
+
+    with engine() as (made, _, client), ThreadPoolExecutor(6) as pool:
+        alone = said(client.post(CHAT, json=body(max_tokens=24)))
+        monkeypatch.setattr(Program, "say", trapped)
+        seeds = [1, 13, 2, 13, 3, 4]
+        asked = [pool.submit(client.post, CHAT, json=body(max_tokens=24, seed=seed)) for seed in seeds]
+        for seed, answer in zip(seeds, [each.result() for each in asked], strict=True):
+            if seed == 13:
+                assert answer.status_code == 500 and "ladder" not in answer.text
+            else:
+                assert said(answer) == alone
+        with client.stream("POST", CHAT, json=body(max_tokens=24, seed=13, stream=True)) as answer:
+            lines = [line for line in answer.iter_lines() if line]
+        assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == "server_error"
+        assert made.alive and num_free(made)
+
+
+def test_a_step_that_fails_ends_those_it_read_for_and_no_thread(engine) -> None:
+    with engine() as (made, gate, client), ThreadPoolExecutor(2) as pool:
+        alone = said(client.post(CHAT, json=body()))
+        gate.open.clear()
+        asked = [pool.submit(client.post, CHAT, json=body(seed=seed)) for seed in (1, 2)]
+        assert gate.waiting.wait(10)
+        gate.fault = RuntimeError("out of memory")
+        gate.open.set()
+        answers = [each.result() for each in asked]
+        assert 500 in [answer.status_code for answer in answers] and "memory" not in "".join(a.text for a in answers)
+        assert made.alive and said(client.post(CHAT, json=body())) == alone
+        assert client.get("/health").status_code == 200
+
+
+def test_who_leaves_while_waiting_frees_the_place_at_the_next_step(engine) -> None:
+    """Not when those before have ended, or leaving would fill the queue as well as waiting does."""
+    with engine(max_running=1) as (made, gate, client), ExitStack() as held:
+        gate.pause = 0.005
+        first = held.enter_context(client.stream("POST", CHAT, json=body(max_tokens=120, stream=True)))
+        lines = first.iter_lines()
+        next(lines)
+        gate.open.clear()
+        with ThreadPoolExecutor(3) as pool:
+            short = httpx.Timeout(0.3)
+            left = [pool.submit(client.post, CHAT, json=body("is it there"), timeout=short) for _ in range(3)]
+            assert all(isinstance(each.exception(), httpx.ReadTimeout) for each in left)
+        until(lambda: [track.cancelled for track in made.waiting] == [True] * 3)
+        steps = made.num_steps
+        gate.open.set()
+        until(lambda: not made.load().waiting)
+        assert made.load().running == 1 and made.num_steps < steps + 60
+        assert client.get("/health").json()["queue"]["waiting"] == 0
+        assert "[DONE]" in "".join(lines)
+
+
+def test_an_engine_that_is_closed_tells_every_client_the_end(engine) -> None:
+    """Those who are answered, streamed or whole, and those who wait."""
+    with engine(max_running=2) as (made, gate, client), ThreadPoolExecutor(6) as pool:
+        asked = [pool.submit(client.post, CHAT, json=body(max_tokens=1000, stream=i % 2 == 0)) for i in range(6)]
+        until(lambda: made.load().running == 2 and made.load().waiting == 4 and made.num_steps > 4)
+        gate.open.clear()
+        assert gate.waiting.wait(10)
+        closing = threading.Thread(target=made.close)
+        closing.start()
+        gate.open.set()
+        closing.join(10)
+        for answer in (each.result(10) for each in asked):
+            assert answer.status_code in (200, 503) and '"stopping"' in answer.text, answer.text[-300:]
+            assert "[DONE]" not in answer.text
+        assert not made.alive and client.get("/health").status_code == 503
+
+
+def test_a_server_that_stops_ends_every_answer(served_by) -> None:
+    p, net = network("mask")
+    made = Engine(net, p, EngineConfig(path="torch", page=8, cache_tokens=2048, max_running=2))
+    gate = Gate(made)
+    with ThreadPoolExecutor(4) as pool:
+        with served_by(made, side=8) as served:
+            address, stream = served.url + CHAT, body(max_tokens=1000, stream=True)
+            gate.pause = 0.01
+            asked = [pool.submit(httpx.post, address, json=stream, timeout=20) for _ in range(4)]
+            until(lambda: made.load().running == 2 and made.num_steps > 4)
+        began = time.monotonic()
+        for each in asked:
+            fault = each.exception(10)
+            assert fault is None or isinstance(fault, httpx.TransportError)
+    assert time.monotonic() - began < 5 and not made.alive and num_free(made)
