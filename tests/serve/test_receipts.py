@@ -258,7 +258,14 @@ def test_a_receipt_is_read_as_it_was_written() -> None:
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [('"temperature":0.1', '"temperature":0.2'), ('"picture":"', '"picture":"0'), ('"seed":0', '"seeds":0')],
+    [
+        ('"temperature":0.1', '"temperature":0.2'),
+        ('"picture":"', '"picture":"0'),
+        ('"seed":0', '"seeds":0'),
+        ('"answers":[', '"answers":[{},'),
+        ('"digests":', '"digest":'),
+        ('"pictures":', '"picture":'),
+    ],
 )
 def test_a_receipt_that_was_changed_is_not_replayed(old: str, new: str) -> None:
     text = written(receipt("a", *EVERYTHING, **PARAMS))
