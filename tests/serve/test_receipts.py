@@ -216,6 +216,16 @@ def test_nothing_is_kept_of_who_says_so_or_leaves(served_by, painter) -> None:
         assert refused.status_code == 404 and "receipts need the engine" in refused.json()["error"]["message"]
 
 
+def test_a_client_that_does_not_wait_leaves_no_receipt(served_by, tmp_path: Path) -> None:
+    path = tmp_path / "receipts.jsonl"
+    with served_by(engine_of(), receipts=str(path)) as served:
+        with pytest.raises(httpx.ReadTimeout):
+            long = SEE | {"ignore_eos": True, "max_tokens": 1024}
+            httpx.post(f"{served.url}/v1/chat/completions", json=long, timeout=0.2)
+        name = ask(f"{served.url}/v1", *ASKED["a vector"])
+    assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == [name]
+
+
 def test_an_engine_that_is_not_exact_promises_nothing() -> None:
     engine = engine_of(path="torch", exact=False)
     assert engine.weights and engine.origin is None
