@@ -5,7 +5,7 @@
 Each schedule draws arrivals, lengths, chunk and page sizes, memory, preemptions, cancels and shared beginnings. Every
 answer and every log-probability must equal those of an oracle that reads each document alone and whole for every token:
 the reference decoder (torch), or the same kernels (native). Networks: SmolLM2-135M-Instruct (text) and the tiny
-checkpoint (text, pictures, frames, actions), both in fp32 and bf16. With torch also the cost: the time of the same
+checkpoint (text, pictures, frames, actions; always torch, for its heads are 56 wide), both in fp32 and bf16. With torch also the cost: the time of the same
 requests with the rules off, in turn; the native path has none, it knows no other way to add.
 """
 
@@ -28,6 +28,7 @@ from bench.row import append
 from litchi.cli import find_checkpoint
 from litchi.model import exact
 from litchi.model.generate import Generator, whole
+from litchi.model.native import supports
 from litchi.model.weights import Checkpoint, load
 from litchi.schema.request import Completion, Request, SamplingParams
 from litchi.schema.sample import Action, Image, Role, Text
@@ -62,8 +63,9 @@ def main() -> int:
 
 def fuzz(loaded: Checkpoint, name: str, pool: list[Request], dtype: Dtype, asked: argparse.Namespace) -> int:
     """How many answers differ."""
-    runner = runner_of(loaded.model, EngineConfig(path=asked.path, weights=dtype))
-    if asked.path == "native":
+    path = asked.path if supports(loaded.model.config) else "torch"
+    runner = runner_of(loaded.model, EngineConfig(path=path, weights=dtype))
+    if path == "native":
         oracle = Alone(loaded.model, loaded.processor, dtype, runner)
     else:
         steady = exact.apply(deepcopy(loaded.model))
@@ -79,7 +81,7 @@ def fuzz(loaded: Checkpoint, name: str, pool: list[Request], dtype: Dtype, asked
                 told, differ = told + 1, differ + (not same(whole(answer.deltas), expected[index]))
         gc.collect()  # engines and what they ran hold on to each other
         gave_way, remembered = gave_way + engine.preempted, remembered + engine.tokens_cached
-    what = f"{name} {dtype} by {asked.path}, {asked.schedules} schedules, {gave_way} preemptions"
+    what = f"{name} {dtype} by {path}, {asked.schedules} schedules, {gave_way} preemptions"
     what += f", {remembered} tokens remembered"
     print(f"{what}: {told} answers, {differ} differ", flush=True)
     if not asked.show:

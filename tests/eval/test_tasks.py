@@ -13,7 +13,6 @@ import pytest
 from litchi.envs.minigrid import HELD_OUT, demonstrate
 from litchi.envs.scene import read
 from litchi.eval.item import Estimate, Row, Task, figures, measure, scored
-from litchi.eval.receipt import digest, picture_pixels, picture_text
 from litchi.eval.tasks.act import act
 from litchi.eval.tasks.describe import claims, describe, facts_of
 from litchi.eval.tasks.describe import score as score_caption
@@ -23,6 +22,7 @@ from litchi.eval.tasks.name import name as name_task
 from litchi.eval.tasks.talk import Majority, concluded, talk
 from litchi.eval.tasks.watch import score as score_film
 from litchi.eval.tasks.watch import watch
+from litchi.schema.digest import digest, picture_pixels, picture_text
 from litchi.schema.episode import Episode
 from litchi.schema.protocol import Sampler
 from litchi.schema.request import Request, SamplingParams

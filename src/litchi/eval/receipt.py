@@ -1,22 +1,17 @@
-"""The record of an evaluation: digests of what was asked, pictures as text, and a file of rows that survives a kill."""
+"""The record of an evaluation: what was asked as items, and a file of rows that survives a kill."""
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import io
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
-from jaxtyping import UInt8
-from PIL import Image as Picture
-
 from litchi.config import BadInput
 from litchi.eval.item import Item, Json, Row
 from litchi.record import append, drop_torn_line
+from litchi.schema.digest import digest, picture_text
 from litchi.schema.request import Completion, Request
 from litchi.schema.sample import Image, Part, Sample, Text
 
@@ -39,27 +34,6 @@ def question(
     return Item(key, sample.key, digest(request), truth, lambda sampler: read(sampler.complete(request)), part, kind)
 
 
-FIRST_FIELDS = frozenset("parts want params space height width".split())
-FIRST_PARAMS = frozenset("max_tokens temperature top_p top_k seed steps stop logprobs".split())
-
-
-def digest(request: Request) -> str:
-    """SHA-256 of a request: every field, arrays by their bytes.
-
-    A field that came after the first receipts counts only where it says something, so that those stay comparable.
-    """
-    plain, usual = asdict(request), asdict(Request(parts=()))
-    for fields, default, first in ((plain["params"], usual["params"], FIRST_PARAMS), (plain, usual, FIRST_FIELDS)):
-        for name in fields.keys() - first:
-            if fields[name] == default[name]:
-                del fields[name]
-    return hashlib.sha256(json.dumps(plain, default=plain_array, sort_keys=True).encode()).hexdigest()
-
-
-def plain_array(value: np.ndarray) -> Json:
-    return [str(value.dtype), value.shape, hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()]
-
-
 def shown(parts: tuple[Part, ...]) -> tuple[Part, ...]:
     """Parts as they are read: loss weights are no part of a question."""
     return tuple(replace(part, weight=0.0) for part in parts)
@@ -74,17 +48,6 @@ def drawn(completion: Completion) -> str | None:
     """The first picture of an answer as text, None if it has none."""
     found = next((part for part in completion.parts if isinstance(part, Image)), None)
     return None if found is None else picture_text(found.pixels)
-
-
-def picture_text(pixels: UInt8[np.ndarray, "h w 3"]) -> str:
-    """A PNG in base64: lossless, and readable by any tool."""
-    buffer = io.BytesIO()
-    Picture.fromarray(pixels).save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def picture_pixels(text: str) -> UInt8[np.ndarray, "h w 3"]:
-    return np.array(Picture.open(io.BytesIO(base64.b64decode(text))).convert("RGB"))
 
 
 class Rows:

@@ -82,7 +82,8 @@ class Writer:
 
     def __init__(self, ask: Ask, model: str):
         self.ask, self.model = ask, model
-        self.id, self.created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
+        self.id, self.created = fresh("chatcmpl"), int(time.time())
+        self.receipt = self.id if ask.store else ""
         self.readers = {index: CallReader(ask.tools) for index in range(len(ask.requests))} if ask.tools.names else {}
         self.called: Counter[int] = Counter()
         """How many calls each answer has made."""
@@ -153,6 +154,11 @@ class Writer:
             body["prompt_logprobs"] = prompt_rows(choice.prompt)
         body["logprobs"] = {"content": choice.logprobs} if self.ask.requests[0].params.logprobs else None
         return body | ({"token_ids": choice.tokens} if self.ask.token_ids else {})
+
+
+def fresh(kind: str) -> str:
+    """An id that no other response has."""
+    return f"{kind}-{uuid.uuid4().hex}"
 
 
 def call_body(call: Call) -> dict[str, Any]:

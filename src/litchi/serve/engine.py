@@ -27,6 +27,7 @@ from litchi.schema.processor import Processor
 from litchi.schema.request import Completion, Delta, Request
 from litchi.serve.pages import Pages
 from litchi.serve.prefix import PageKeys
+from litchi.serve.receipts import Origin
 from litchi.serve.runner import NativeRunner, Piece, Runner, TorchRunner
 from litchi.serve.scheduler import EngineConfig, Scheduler, Track
 from litchi.serve.solo import Piece as Told
@@ -109,6 +110,12 @@ class Engine:
     @property
     def max_running(self) -> int:
         return self.config.max_running
+
+    @property
+    def origin(self) -> Origin | None:
+        """What the bits of answers come from, if that is known and they depend on nothing else."""
+        known = self.runner.exact and self.weights
+        return Origin(self.weights, self.runner.name, torch.__version__) if known else None
 
     @property
     def alive(self) -> bool:

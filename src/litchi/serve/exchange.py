@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -17,12 +17,15 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from litchi.config import BadInput
-from litchi.schema.request import Delta
+from litchi.model.generate import whole
+from litchi.schema.digest import told
+from litchi.schema.request import Completion, Delta
 from litchi.schema.request import Request as Question
 from litchi.serve import answers
 from litchi.serve.answers import Choice
 from litchi.serve.limits import TooLarge, read_body, read_json
 from litchi.serve.metrics import Metrics
+from litchi.serve.receipts import OtherOrigin, Receipt, Receipts
 from litchi.serve.wire import Missing, UnknownModel
 from litchi.serve.worker import Busy, Job, Worker
 
@@ -34,8 +37,39 @@ T = TypeVar("T")
 STOPPING = answers.error("the server is stopping; try again", "stopping", "server_error")
 
 
+class Heard:
+    """What each question has been answered so far."""
+
+    def __init__(self, count: int) -> None:
+        self.choices = [Choice() for _ in range(count)]
+        self.pieces: list[list[Delta | Completion]] = [[] for _ in range(count)]
+
+    def add(self, index: int, piece: Delta | Completion) -> None:
+        self.pieces[index].append(piece)
+        if isinstance(piece, Delta):
+            self.choices[index].add(piece)
+        else:
+            self.choices[index] = Choice.of(piece)
+
+    @property
+    def over(self) -> bool:
+        return all(choice.over for choice in self.choices)
+
+    @property
+    def completions(self) -> list[Completion]:
+        """The answers, when all are over; a stream's deltas are the same answer as its completion."""
+        found = []
+        for pieces in self.pieces:
+            deltas = [piece for piece in pieces if isinstance(piece, Delta)]
+            found += [whole(deltas)] if deltas else [piece for piece in pieces if isinstance(piece, Completion)]
+        return found
+
+
 class Scribe(Protocol):
     """Writes the events of one answer; each is whole, or empty if there is nothing to tell."""
+
+    receipt: str
+    """The name under which what it was made of is kept; empty to keep nothing."""
 
     def opening(self, index: int) -> str: ...
 
@@ -51,28 +85,52 @@ class Desk:
 
     def __init__(self, config: ServeConfig, worker: Worker, metrics: Metrics):
         self.config, self.worker, self.metrics = config, worker, metrics
-        self.limits = config.limits
+        self.limits, self.receipts = config.limits, Receipts(config.receipts)
 
     async def read(self, request: Request, read: Callable[..., T]) -> T:
         body = await read_body(request.stream(), request.headers.get("content-length"), self.limits)
         # Pictures are decoded in another thread, so that a large one does not stop everybody's streams.
         return await to_thread.run_sync(lambda: read(read_json(body), self.config.model, self.limits))
 
-    async def collect(self, request: Request, questions: tuple[Question, ...], *, spelled: bool = False):
+    async def collect(
+        self, request: Request, questions: tuple[Question, ...], receipt: str = "", *, spelled: bool = False
+    ) -> list[Choice] | None:
         """The answers in order, or None if the client left or the server stops.
+
+        What they were made of is kept under the name `receipt`, if that is not empty.
+        """
+        heard = await self.hear(request, questions, spelled=spelled)
+        if heard is None:
+            return None
+        await self.keep(receipt, questions, heard)
+        return heard.choices
+
+    async def hear(self, request: Request, questions: tuple[Question, ...], *, spelled: bool = False) -> Heard | None:
+        """Whole answers, or None if the client left or the server stops.
 
         With `spelled` they are put together from a stream: only that says which text belongs to which token.
         """
         job = self.worker.submit(questions, stream=spelled)
-        choices = [Choice() for _ in questions]
+        heard = Heard(len(questions))
         async with cancels_when_gone(request, job):
             async for index, piece in job:
-                if isinstance(piece, Delta):
-                    choices[index].add(piece)
-                else:
-                    choices[index] = Choice.of(piece)
-        self.count(choices)
-        return choices if all(choice.over for choice in choices) and not job.cancelled.is_set() else None
+                heard.add(index, piece)
+        self.count(heard.choices)
+        return heard if heard.over and not job.cancelled.is_set() else None
+
+    async def keep(self, name: str, questions: tuple[Question, ...], heard: Heard) -> None:
+        """Keep a receipt under a name; none where nobody knows what answers, or without a name."""
+        if not name or (origin := self.worker.origin) is None:
+            return
+
+        def keep() -> None:
+            said = tuple(told(each) for each in heard.completions)
+            now, model = int(time.time()), self.config.model
+            self.receipts.keep(
+                Receipt(id=name, created=now, model=model, origin=origin, requests=questions, answers=said)
+            )
+
+        await to_thread.run_sync(keep)  # pictures are packed: everybody's streams go on meanwhile
 
     async def stream(self, request: Request, questions: tuple[Question, ...], writer: Scribe) -> Response:
         began = time.monotonic()
@@ -84,18 +142,18 @@ class Desk:
         if first is None:
             return Stopped()
         self.metrics.first_token.observe(time.monotonic() - began)
-        choices = [Choice() for _ in questions]
+        heard = Heard(len(questions))
 
-        async def told() -> AsyncIterator[str]:
+        async def events_of() -> AsyncIterator[str]:
             try:
-                async for event in events(first, pieces, job, choices, writer):
+                async for event in events(first, pieces, job, heard, writer, self.keep):
                     yield event
             finally:
                 job.cancel()
-                self.count(choices)
+                self.count(heard.choices)
 
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        return StreamingResponse(told(), media_type="text/event-stream", headers=headers)
+        return StreamingResponse(events_of(), media_type="text/event-stream", headers=headers)
 
     def count(self, choices: list[Choice]) -> None:
         for choice in choices:
@@ -111,7 +169,12 @@ class Stopped(JSONResponse):
 
 
 async def events(
-    first: tuple[int, Any], rest: AsyncIterator[tuple[int, Any]], job: Job, choices: list[Choice], writer: Scribe
+    first: tuple[int, Any],
+    rest: AsyncIterator[tuple[int, Any]],
+    job: Job,
+    heard: Heard,
+    writer: Scribe,
+    keep: Callable[[str, tuple[Question, ...], Heard], Awaitable[None]],
 ) -> AsyncIterator[str]:
     """The server-sent events of an answer. Closing this iterator, as a lost connection does, cancels the job."""
     opened: set[int] = set()
@@ -122,15 +185,16 @@ async def events(
             if index not in opened:
                 opened.add(index)
                 yield writer.opening(index)
-            choices[index].add(delta)
+            heard.add(index, delta)
+            if heard.over:  # before the client is told so: it may ask for the receipt at once
+                await keep(writer.receipt, job.requests, heard)
             if said := writer.piece(index, delta):
                 yield said
             if delta.finish:
-                yield writer.closing(index, choices[index])
+                yield writer.closing(index, heard.choices[index])
             piece = await anext(rest, None)
         if not job.cancelled.is_set():
-            over = all(choice.over for choice in choices)
-            yield writer.ending(choices) if over else answers.event(STOPPING)
+            yield writer.ending(heard.choices) if heard.over else answers.event(STOPPING)
     except Exception as error:
         # The status is gone already; the error is the last event.
         status, body = described(error)
@@ -169,6 +233,8 @@ def described(error: Exception) -> tuple[int, dict[str, Any]]:
             return 404, answers.error(str(error), "not_found")
         case TooLarge():
             return 413, answers.error(str(error), "too_large")
+        case OtherOrigin():
+            return 409, answers.error(str(error), "other_origin")
         case BadInput():
             return 400, answers.error(str(error), "bad_input")
         case ClientDisconnect():

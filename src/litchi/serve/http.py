@@ -26,6 +26,7 @@ from litchi.serve.guard import SUBPROTOCOL, Guard
 from litchi.serve.limits import decode_picture, encode_png, read_json
 from litchi.serve.metrics import Meter, Metrics
 from litchi.serve.params import MAX_SEED
+from litchi.serve.replays import Replays
 from litchi.serve.replies import Replies
 from litchi.serve.sessions import ACTIONS, MakeRoom, World, frame_of
 from litchi.serve.texts import Texts
@@ -64,6 +65,7 @@ def create_app(config: ServeConfig, worker: Worker, make_room: MakeRoom) -> Fast
     app.include_router(Texts(door.desk).router())
     app.include_router(Tokens(door.desk).router())
     app.include_router(Replies(door.desk, door.words).router())
+    app.include_router(Replays(door.desk).router())
     app.mount("/web", StaticFiles(directory=WEB), name="web")
     app.add_middleware(Guard, key=config.api_key, hosts=config.hosts)
     app.add_middleware(Meter, metrics=door.metrics)  # outermost: what the guard refuses is counted too
@@ -135,18 +137,22 @@ class Door:
         writer = answers.Writer(ask, self.config.model)
         if ask.stream:
             return await self.desk.stream(request, ask.requests, writer)
-        choices = await self.desk.collect(request, ask.requests, spelled=ask.requests[0].params.logprobs)
+        choices = await self.desk.collect(
+            request, ask.requests, writer.receipt, spelled=ask.requests[0].params.logprobs
+        )
         return Stopped() if choices is None else JSONResponse(writer.whole(choices))
 
     async def draw(self, request: Request) -> Response:
         ask = await self.desk.read(request, wire.read_drawing)
-        made = await self.desk.collect(request, ask.requests)
-        return Stopped() if made is None else JSONResponse(answers.drawings(made, ask))
+        name = answers.fresh("img")
+        made = await self.desk.collect(request, ask.requests, name if ask.store else "")
+        return Stopped() if made is None else JSONResponse({"id": name} | answers.drawings(made, ask))
 
     async def next(self, request: Request) -> Response:
         ask = await self.desk.read(request, wire.read_next)
-        made = await self.desk.collect(request, ask.requests)
-        return Stopped() if made is None else JSONResponse(answers.next_part(made[0]))
+        name = answers.fresh("next")
+        made = await self.desk.collect(request, ask.requests, name if ask.store else "")
+        return Stopped() if made is None else JSONResponse({"id": name} | answers.next_part(made[0]))
 
     async def world(self, socket: WebSocket) -> None:
         """One world session, from its socket's opening to its closing."""

@@ -41,6 +41,8 @@ class Continuations:
     usage: bool
     top: int | None
     """How many of the likeliest tokens are told, None for no likelihoods."""
+    store: bool
+    """Whether what was asked may be kept for a receipt."""
 
 
 def read_completion(body: dict[str, Any], model: str, limits: Limits) -> Continuations:
@@ -72,6 +74,7 @@ def read_completion(body: dict[str, Any], model: str, limits: Limits) -> Continu
         stream=fields.flag("stream"),
         usage=options.flag("include_usage"),
         top=top,
+        store=fields.flag("store", True),
     )
 
 
@@ -81,12 +84,13 @@ class Embeddings:
 
     requests: tuple[Request, ...]
     base64: bool
+    store: bool
 
 
 def read_embedding(body: dict[str, Any], model: str, limits: Limits) -> Embeddings:
     """A body of POST /v1/embeddings. Raises BadInput, UnknownModel."""
     fields = Fields(body)
-    fields.known(("model", "input", "encoding_format", "dimensions", "user", "pooling"))
+    fields.known(("model", "input", "encoding_format", "dimensions", "user", "pooling", "store"))
     check_model(fields, model)
     if fields.get("dimensions") is not None:
         raise BadInput("dimensions: this model was not trained to shorten its vectors; leave it out and get them whole")
@@ -94,7 +98,8 @@ def read_embedding(body: dict[str, Any], model: str, limits: Limits) -> Embeddin
     prompts = read_prompts(fields, "input", limits)
     packed = fields.choice("encoding_format", "float", ("float", "base64")) == "base64"
     params = SamplingParams(max_tokens=0)
-    return Embeddings(tuple(replace(p, want="embed", pooling=pooling, params=params) for p in prompts), packed)
+    requests = tuple(replace(p, want="embed", pooling=pooling, params=params) for p in prompts)
+    return Embeddings(requests, packed, fields.flag("store", True))
 
 
 def read_prompts(fields: Fields, name: str, limits: Limits) -> list[Request]:

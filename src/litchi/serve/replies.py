@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from anyio import to_thread
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
@@ -107,13 +108,14 @@ class Replies:
         writer = Writer(turn, self.desk.config.model, self.store)
         if turn.ask.stream:
             return await self.desk.stream(request, turn.ask.requests, writer)
-        choices = await self.desk.collect(request, turn.ask.requests)
+        choices = await self.desk.collect(request, turn.ask.requests, writer.receipt)
         return Stopped() if choices is None else JSONResponse(writer.whole(choices[0]))
 
     async def retrieve(self, name: str) -> Response:
         return JSONResponse(self.store.get(name)[0])
 
     async def delete(self, name: str) -> Response:
+        await to_thread.run_sync(self.desk.receipts.drop, name)  # it may be remembered for longer
         self.store.drop(name)
         return JSONResponse({"id": name, "object": "response", "deleted": True})
 
@@ -207,6 +209,7 @@ class Writer:
     def __init__(self, turn: Turn, model: str, store: Store):
         self.turn, self.model, self.store = turn, model, store
         self.id, self.created = f"resp_{uuid.uuid4().hex}", int(time.time())
+        self.receipt = self.id if turn.stored else ""
         self.message = f"msg_{uuid.uuid4().hex}"
         self.reader = CallReader(turn.ask.tools) if turn.ask.tools.names else None
         self.said, self.count = "", 0

@@ -48,6 +48,8 @@ class ServeConfig:
     envs: tuple[str, ...] = ("BabyAI-GoToLocal-v0", "BabyAI-GoToObj-v0", "BabyAI-GoToRedBall-v0", "BabyAI-PickupLoc-v0")
     """Rooms that a visitor may ask for; the first is the default."""
     engine: EngineConfig = EngineConfig()
+    receipts: str = ""
+    """A file that what responses were made of is appended to, so that it outlives the server; empty: memory only."""
     max_queue: int = 64
     """Requests that wait while others are answered; the next gets 429."""
     max_worlds: int = 32

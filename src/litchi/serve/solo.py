@@ -44,6 +44,10 @@ class Solo:
         return 1
 
     @property
+    def origin(self) -> None:
+        """Nobody knows what a sampler's bits come from."""
+
+    @property
     def alive(self) -> bool:
         return self._thread.is_alive()
 

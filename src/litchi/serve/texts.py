@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import codecs
 import time
-import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from fastapi.responses import JSONResponse
 
 from litchi.schema.request import Delta, Scored
 from litchi.schema.spelling import shown
-from litchi.serve.answers import DONE, Choice, event, prompt_rows
+from litchi.serve.answers import DONE, Choice, event, fresh, prompt_rows
 from litchi.serve.exchange import Desk, Stopped
 from litchi.serve.prompts import Continuations, read_completion, read_embedding
 from litchi.serve.tokens import Words
@@ -38,19 +37,20 @@ class Texts:
         writer = Writer(ask, self.desk.config.model, self.words)
         if ask.stream:
             return await self.desk.stream(request, ask.requests, writer)
-        choices = await self.desk.collect(request, ask.requests)
+        choices = await self.desk.collect(request, ask.requests, writer.receipt)
         return Stopped() if choices is None else JSONResponse(writer.whole(choices))
 
     async def embed(self, request: Request) -> Response:
         ask = await self.desk.read(request, read_embedding)
-        made = await self.desk.collect(request, ask.requests)
+        name = fresh("embd")
+        made = await self.desk.collect(request, ask.requests, name if ask.store else "")
         if made is None:
             return Stopped()
         vectors = [np.array(choice.vector, "<f4") for choice in made]
         told = [base64.b64encode(v.tobytes()).decode() if ask.base64 else v.tolist() for v in vectors]
         data = [{"object": "embedding", "index": i, "embedding": each} for i, each in enumerate(told)]
         read = sum(choice.prompt_tokens or 0 for choice in made)
-        body = {"object": "list", "data": data, "model": self.desk.config.model}
+        body = {"id": name, "object": "list", "data": data, "model": self.desk.config.model}
         return JSONResponse(body | {"usage": {"prompt_tokens": read, "total_tokens": read}})
 
 
@@ -59,7 +59,8 @@ class Writer:
 
     def __init__(self, ask: Continuations, model: str, words: Words):
         self.ask, self.model, self.words = ask, model, words
-        self.id, self.created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
+        self.id, self.created = fresh("cmpl"), int(time.time())
+        self.receipt = self.id if ask.store else ""
         self.columns = {index: Columns(words) for index in range(len(ask.requests))}
 
     def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:

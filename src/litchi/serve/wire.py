@@ -61,6 +61,8 @@ class Ask:
     notes: tuple[str, ...] = ()
     """What was done to the input, in words."""
     tools: Toolbox = NO_TOOLS
+    store: bool = True
+    """Whether what was asked may be kept for a receipt."""
 
 
 def read_chat(body: dict[str, Any], model: str, limits: Limits, style: Style = "hermes") -> Ask:
@@ -94,6 +96,7 @@ def read_chat(body: dict[str, Any], model: str, limits: Limits, style: Style = "
         token_ids=fields.flag("return_token_ids"),
         notes=notes,
         tools=tools,
+        store=fields.flag("store", True),
     )
 
 
@@ -111,13 +114,14 @@ def read_drawing(body: dict[str, Any], model: str, limits: Limits) -> Ask:
     params = read_params(fields, limits, DRAWING)
     text = Text(text=prompt, role=Role.USER)
     request = Request(parts=(text,), want="image", params=params, height=limits.side, width=limits.side)
-    return Ask(requests=repeated(request, fields.integer("n", 1, 1, MAX_N)), seed=params.seed)
+    requests = repeated(request, fields.integer("n", 1, 1, MAX_N))
+    return Ask(requests=requests, seed=params.seed, store=fields.flag("store", True))
 
 
 def read_next(body: dict[str, Any], model: str, limits: Limits) -> Ask:
     """A body of POST /v1/next, this project's own: the next frame or action after `parts`, which are our `Part`s."""
     fields = Fields(body)
-    fields.known(("model", "want", "parts", "space", *SAMPLING))
+    fields.known(("model", "want", "parts", "space", "store", *SAMPLING))
     check_model(fields, model)
     want = "frame" if fields.choice("want", None, ("frame", "action")) == "frame" else "action"
     pieces = fields.objects("parts")
@@ -128,7 +132,7 @@ def read_next(body: dict[str, Any], model: str, limits: Limits) -> Ask:
     params = replace(read_params(fields, limits), seed=fields.integer("seed", 0, 0, MAX_SEED))
     size = {"height": limits.side, "width": limits.side}
     request = Request(parts=tuple(parts), want=want, params=params, space=fields.text("space", ""), **size)
-    return Ask(requests=(request,), seed=params.seed)
+    return Ask(requests=(request,), seed=params.seed, store=fields.flag("store", True))
 
 
 def read_messages(

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from litchi.schema.protocol import Sampler
 from litchi.schema.request import Completion, Delta, Request
+from litchi.serve.receipts import Origin
 from litchi.serve.solo import Piece, Put
 
 
@@ -38,6 +39,11 @@ class Answerer(Protocol):
     @property
     def sampler(self) -> Sampler:
         """What answers in the end, with the processor that it has."""
+        ...
+
+    @property
+    def origin(self) -> Origin | None:
+        """What its bits come from; None if they come otherwise at another time."""
         ...
 
     def start(self) -> Any: ...
@@ -189,3 +195,7 @@ class Worker:
     @property
     def alive(self) -> bool:
         return self.answerer.alive
+
+    @property
+    def origin(self) -> Origin | None:
+        return self.answerer.origin

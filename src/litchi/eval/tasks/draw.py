@@ -11,7 +11,8 @@ from itertools import takewhile
 
 from litchi.envs.scene import read, satisfies
 from litchi.eval.item import Figure, Headline, Item, Json, Task
-from litchi.eval.receipt import drawn, picture_pixels, picture_text, question, shown
+from litchi.eval.receipt import drawn, question, shown
+from litchi.schema.digest import picture_pixels, picture_text
 from litchi.schema.request import DRAWING, Request
 from litchi.schema.sample import Image, Role, Sample
 

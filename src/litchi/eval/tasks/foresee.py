@@ -11,7 +11,8 @@ from jaxtyping import Bool, UInt8
 from litchi.envs.scene import TOLERANCE
 from litchi.envs.tiles import TILE
 from litchi.eval.item import Figure, Headline, Item, Json, Task
-from litchi.eval.receipt import digest, drawn, picture_pixels, picture_text, shown
+from litchi.eval.receipt import drawn, shown
+from litchi.schema.digest import digest, picture_pixels, picture_text
 from litchi.schema.protocol import Sampler
 from litchi.schema.request import Request
 from litchi.schema.sample import Action, Image, Part, Sample

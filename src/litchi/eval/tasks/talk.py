@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from litchi.eval.item import Figure, Headline, Item, Json, Task
-from litchi.eval.receipt import digest, question, said, shown
+from litchi.eval.receipt import question, said, shown
+from litchi.schema.digest import digest
 from litchi.schema.protocol import Sampler
 from litchi.schema.request import Request, SamplingParams
 from litchi.schema.sample import Role, Sample, Text
