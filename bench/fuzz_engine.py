@@ -5,8 +5,8 @@
 Each schedule draws arrivals, lengths, chunk and page sizes, memory, preemptions, cancels and shared beginnings. Every
 answer and every log-probability must equal those of an oracle that reads each document alone and whole for every token:
 the reference decoder (torch), or the same kernels (native). Networks: SmolLM2-135M-Instruct (text) and the tiny
-checkpoint (text, pictures, frames, actions; always torch, for its heads are 56 wide), both in fp32 and bf16. With torch also the cost: the time of the same
-requests with the rules off, in turn; the native path has none, it knows no other way to add.
+checkpoint (text, pictures, frames, actions; always torch, since its heads are 56 wide), both in fp32 and bf16. With
+torch also the cost: the time of the same requests with the rules off, in turn; native knows no other way to add.
 """
 
 from __future__ import annotations
