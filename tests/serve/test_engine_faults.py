@@ -132,7 +132,9 @@ def test_a_step_that_fails_ends_those_it_read_for_and_no_thread(engine) -> None:
         gate.fault = RuntimeError("out of memory")
         gate.open.set()
         answers = [each.result() for each in asked]
-        assert 500 in [answer.status_code for answer in answers] and "memory" not in "".join(a.text for a in answers)
+        failed = [answer for answer in answers if answer.status_code == 500]
+        assert failed and "memory" not in "".join(answer.text for answer in answers)
+        assert all(answer.headers["connection"] == "close" for answer in failed), "the server closes it behind them"
         assert made.alive and said(client.post(CHAT, json=body())) == alone
         assert client.get("/health").status_code == 200
 

@@ -257,7 +257,9 @@ def described(error: Exception) -> tuple[int, dict[str, Any]]:
 
 async def answer_error(_: Request, error: Exception) -> Response:
     status, body = described(error)
-    headers = {"Retry-After": str(error.retry_after)} if isinstance(error, Busy) else None
+    headers = {"Retry-After": str(error.retry_after)} if isinstance(error, Busy) else {}
+    if status == 500:
+        headers["Connection"] = "close"  # the server does close it then, and a client must not ask there again
     return JSONResponse(body, status, headers)
 
 
