@@ -28,6 +28,10 @@ class Chooser:
         grammar = params.grammar
         self.constraint = Constraint(processor.tokenizer, grammar) if grammar is not None else None
         self.past = Past.of((), vocab_size)
+        self.silent = processor.silent
+        bends = (params.temperature, params.frequency_penalty, params.presence_penalty, params.logit_bias, grammar)
+        self.plain = not any(bends) and params.repetition_penalty == 1
+        """Whether the likeliest token is taken, and nothing changes which that is."""
 
     def known(self, ids: Sequence[int], where: str) -> Sequence[int]:
         """The ids as they are. Raises BadInput for one that the network has no row for."""
@@ -43,6 +47,10 @@ class Chooser:
 
     def choose(self, scores_V: Tensor, count: int, *, pictures: bool) -> int:
         """Token `count` of the answer, counted from 1; with `pictures` it may open one. The scores stay as they are."""
+        if self.plain and count > self.params.min_tokens:
+            best = int(scores_V.argmax())
+            if best not in self.silent and (pictures or best != self.processor.tokenizer.picture):
+                return best  # what else may not be said is less likely still
         return draw(self.shape(scores_V, count, pictures).float().log_softmax(-1), self.params, self.generator)
 
     def shape(self, scores_V: Tensor, count: int, pictures: bool) -> Tensor:
@@ -65,7 +73,8 @@ class Chooser:
 
     def say(self, index: int) -> None:
         """The token has become part of the answer."""
-        self.past.say(index)
+        if not self.plain:
+            self.past.say(index)
         if self.constraint is not None:
             self.constraint.accept(index)
 

@@ -353,8 +353,12 @@ class Processor:
     @cached_property
     def unspeakable(self) -> Tensor:
         """Ids that no turn of words holds: controls, but for ends and for what opens a picture."""
-        t = self.tokenizer
-        return torch.tensor(sorted(self.controls - t.ends - {t.picture}), dtype=torch.long)
+        return torch.tensor(sorted(self.silent), dtype=torch.long)
+
+    @cached_property
+    def silent(self) -> frozenset[int]:
+        """The same ids as a set."""
+        return self.controls - self.tokenizer.ends - {self.tokenizer.picture}
 
     def actions_by_token(self) -> dict[int, tuple[str, int]]:
         """Which action of which space each action token is."""
