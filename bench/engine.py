@@ -134,7 +134,7 @@ def table(told: dict[str, dict | None], figures: dict[str, dict[str, Figures]], 
         for count in map(str, COUNTS):
             f = by[count]
             steps = "" if f.middle != f.middle else f"{1000 * f.middle:.1f}, {1000 * f.slow:.1f}"
-            cells += [f"{f.rate:.0f}", f"{f.first:.2f}", steps]
+            cells += [f"{f.rate:.0f}", "" if f.first != f.first else f"{f.first:.2f}", steps]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -35,14 +35,12 @@ def run(pipe, config, prompts: list[str]) -> dict:
     answer = pipe.generate(prompts, config)
     seconds = time.perf_counter() - began
     metrics = answer.perf_metrics
-    first = metrics.get_ttft().mean / 1000
-    between = metrics.get_tpot().mean / 1000
+    alone = len(prompts) == 1  # of several it tells means over all of them, which are no times of steps
     return {
         "seconds": seconds,
-        "first": [first],
-        "steps": [between],
+        "first": [metrics.get_ttft().mean / 1000 if alone else float("nan")],
+        "steps": [metrics.get_tpot().mean / 1000] if alone else [],
         "tokens": metrics.get_num_generated_tokens(),
-        "prompt": metrics.get_num_input_tokens(),
     }
 
 

@@ -1,9 +1,9 @@
 """Serving: one model behind one door, and a page to talk, draw and play with it.
 
 A request comes through `http` (the OpenAI endpoints, the world sessions, the page), is checked by `guard`, `limits` and
-`wire`, waits in the queue of `worker`, is answered by the `Sampler` in one thread, and leaves as `answers` writes it.
-The door knows only the `Sampler` and a factory of rooms: which model, which engine and which simulator stand behind
-them is the caller's choice.
+`wire`, passes `worker`, which bounds how many are inside, is answered by the `engine` beside all others (its
+`scheduler` chooses who reads, its `runner` computes), and leaves as `answers` writes it. Any other `Sampler` answers one
+at a time behind `solo`. Which model and which simulator stand behind the door is the caller's choice.
 """
 
 from __future__ import annotations
