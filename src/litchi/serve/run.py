@@ -2,8 +2,8 @@
 
 A request comes through `http` (the OpenAI endpoints, the world sessions, the page), is checked by `guard`, `limits` and
 `wire`, passes `worker`, which bounds how many are inside, is answered by the `engine` beside all others (its
-`scheduler` chooses who reads, its `runner` computes), and leaves as `answers` writes it. Any other `Sampler` answers one
-at a time behind `solo`. Which model and which simulator stand behind the door is the caller's choice.
+`scheduler` chooses who reads, its `runner` computes), and leaves as `answers` writes it. Any other `Sampler` answers
+one at a time behind `solo`. Which model and which simulator stand behind the door is the caller's choice.
 """
 
 from __future__ import annotations
