@@ -17,8 +17,9 @@ import time
 from websockets.sync.client import connect
 
 from bench.row import append
-from litchi.cli import find_checkpoint, load_engine, serve_config
+from litchi.cli import find_checkpoint, serve_config
 from litchi.envs.minigrid import ACTIONS, Room
+from litchi.serve.loading import load_engine
 from litchi.serve.run import background
 
 STEPS = 200

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import sys
 import tempfile
@@ -15,7 +14,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +32,6 @@ if TYPE_CHECKING:
     from litchi.schema.episode import Episode
     from litchi.schema.processor import Processor
     from litchi.schema.sample import Sample
-    from litchi.serve.engine import Engine
     from litchi.serve.run import ServeConfig
     from litchi.train.run import TrainConfig
 
@@ -155,14 +152,15 @@ def verify(args: argparse.Namespace) -> int:
 def serve(args: argparse.Namespace) -> int:
     """Open the door and the page for a checkpoint, by folder or by the name of one that is shipped."""
     from litchi.envs.minigrid import Room
+    from litchi.serve.loading import load_answerer
     from litchi.serve.run import run as serve_run
 
     checkpoint = find_checkpoint(args.checkpoint)
     config = serve_config(checkpoint, args.settings)
-    engine = load_engine(checkpoint, config)
-    if not engine.processor.draws:
-        config = replace(config, abilities=("see",) if engine.processor.sees else (), side=0)
-    serve_run(config, engine, lambda env, seed: Room(env))
+    answerer = load_answerer(checkpoint, config)
+    if not answerer.processor.draws:
+        config = replace(config, abilities=("see",) if answerer.processor.sees else (), side=0)
+    serve_run(config, answerer, lambda env, seed: Room(env))
     return 0
 
 
@@ -336,16 +334,6 @@ def load_sampler(checkpoint: str | Path) -> Generator:
     return Generator(loaded.model, loaded.processor)
 
 
-def load_engine(checkpoint: Path, config: ServeConfig) -> Engine:
-    """A checkpoint as an engine, which is started with the server."""
-    from litchi.model.weights import load
-    from litchi.serve.engine import Engine
-
-    loaded = load(checkpoint)
-    weights = sha256(json.dumps(loaded.meta["files"], sort_keys=True).encode()).hexdigest()
-    return Engine(loaded.model, loaded.processor, config.engine, weights=weights)
-
-
 def find_checkpoint(name: str | Path) -> Path:
     """Raises BadInput naming the shipped ones if there is nothing at `name`."""
     for path in (Path(name), SHIPPED / str(name)):
@@ -412,6 +400,7 @@ def last_checkpoint(place: Place) -> Path:
 def listening(run: Run, checkpoint: Path) -> Iterator[str]:
     """The address of a server on a checkpoint, while the block runs."""
     from litchi.envs.minigrid import Room
+    from litchi.serve.loading import load_engine
     from litchi.serve.run import background
 
     with background(run.serve, load_engine(checkpoint, run.serve), lambda env, seed: Room(env)) as address:

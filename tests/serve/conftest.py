@@ -164,7 +164,7 @@ Serve = Callable[..., "contextmanager[Served]"]
 
 @contextmanager
 def serving(sampler: Sampler, make_room: Callable[[str, int], Env], **settings: object) -> Iterator[Served]:
-    config = ServeConfig(port=0, **settings)
+    config = ServeConfig(**{"port": 0, "drain": 3.0} | settings)
     listener = bind(config.host, config.port)
     listener.listen()  # so that a client may connect at once and waits until the server accepts
     server = uvicorn.Server(uvicorn_config(config, sampler, make_room))

@@ -182,7 +182,7 @@ def test_a_server_that_stops_ends_every_answer(served_by) -> None:
     made = Engine(net, p, EngineConfig(path="torch", page=8, cache_tokens=2048, max_running=2))
     gate = Gate(made)
     with ThreadPoolExecutor(4) as pool:
-        with served_by(made, side=8) as served:
+        with served_by(made, side=8, drain=1.0) as served:
             address, stream = served.url + CHAT, body(max_tokens=1000, stream=True)
             gate.pause = 0.01
             asked = [pool.submit(httpx.post, address, json=stream, timeout=20) for _ in range(4)]
@@ -192,3 +192,24 @@ def test_a_server_that_stops_ends_every_answer(served_by) -> None:
             fault = each.exception(10)
             assert fault is None or isinstance(fault, httpx.TransportError)
     assert time.monotonic() - began < 5 and not made.alive and num_free(made)
+
+
+def test_a_server_that_is_told_to_stop_ends_what_it_has_begun_and_begins_nothing(served_by) -> None:
+    p, net = network("mask")
+    made = Engine(net, p, EngineConfig(path="torch", page=8, cache_tokens=2048, max_running=2))
+    gate = Gate(made)
+    with ThreadPoolExecutor(4) as pool:
+        with served_by(made, side=8, drain=20.0) as served:
+            gate.pause = 0.01
+            whole = body(max_tokens=60) | {"ignore_eos": True}
+            asked = [
+                pool.submit(httpx.post, served.url + CHAT, json=whole | {"stream": i % 2 == 0}, timeout=20)
+                for i in range(4)
+            ]
+            until(lambda: made.load().running == 2 and made.load().waiting == 2 and made.num_steps > 4)
+        answers = [each.result(1) for each in asked]
+        assert [answer.status_code for answer in answers] == [200] * 4
+        assert all("length" in answer.text for answer in answers)
+        with pytest.raises(httpx.ConnectError):
+            httpx.post(served.url + CHAT, json=whole)
+    assert not made.alive and num_free(made)

@@ -15,13 +15,14 @@ import httpx
 import numpy as np
 import pytest
 
-from litchi.cli import find_checkpoint, load_engine
+from litchi.cli import find_checkpoint
 from litchi.config import BadInput
 from litchi.schema.digest import told
 from litchi.schema.request import Completion, Grammar, Request, SamplingParams, Scored
 from litchi.schema.sample import Action, Image, Role, Text, Video
 from litchi.serve import receipts
 from litchi.serve.engine import Engine, EngineConfig
+from litchi.serve.loading import load_engine
 from litchi.serve.receipts import Origin, Receipt, Receipts, receipt_of, shown, written
 from litchi.serve.run import ServeConfig
 from tests.serve.test_chat import BLUE, user

@@ -76,7 +76,7 @@ def array_digest(value: np.ndarray) -> str:
 
 
 def without_arrays(data: Any, pictures: dict[str, str]) -> Any:
-    """Nested data with arrays as JSON; the pictures among them go to `pictures`, by name."""
+    """Nested data with arrays and bytes as JSON; the pictures among them go to `pictures`, by name."""
     match data:
         case np.ndarray() if data.dtype == np.uint8 and data.ndim == 3:
             name = hashlib.sha256(json.dumps(plain_array(data)).encode()).hexdigest()
@@ -87,6 +87,8 @@ def without_arrays(data: Any, pictures: dict[str, str]) -> Any:
             return {"film": [without_arrays(frame, pictures) for frame in data]}
         case np.ndarray():
             return {"float32": data.tolist()}  # a float32 is a float64, which JSON tells exactly
+        case bytes():
+            return {"bytes": data.hex()}
         case dict():
             return {key: without_arrays(value, pictures) for key, value in data.items()}
         case list():
@@ -104,6 +106,8 @@ def with_arrays(data: Any, pictures: Mapping[str, str]) -> Any:
             return np.stack([with_arrays(frame, pictures) for frame in frames])
         case {"float32": list(rows), **rest} if not rest:
             return np.array(rows, np.float32)
+        case {"bytes": str(text), **rest} if not rest:
+            return bytes.fromhex(text)
         case dict():
             return {key: with_arrays(value, pictures) for key, value in data.items()}
         case list():

@@ -11,7 +11,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -178,10 +178,14 @@ class Engine:
                 self.preempted,
             )
 
+    def gauges(self) -> dict[str, float]:
+        return {f"engine_{name}": value for name, value in asdict(self.load()).items()}
+
     # ---- the thread ----
 
     def start(self) -> Engine:
-        self.thread.start()
+        if self.thread.ident is None:
+            self.thread.start()
         return self
 
     def close(self) -> None:

@@ -25,7 +25,7 @@ from litchi.serve import answers
 from litchi.serve.answers import Choice
 from litchi.serve.limits import TooLarge, read_body, read_json
 from litchi.serve.metrics import Metrics
-from litchi.serve.receipts import OtherOrigin, Receipt, Receipts
+from litchi.serve.receipts import Origin, OtherOrigin, Receipt, Receipts
 from litchi.serve.wire import Missing, UnknownModel
 from litchi.serve.worker import Busy, Job, Worker
 
@@ -40,7 +40,9 @@ STOPPING = answers.error("the server is stopping; try again", "stopping", "serve
 class Heard:
     """What each question has been answered so far."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, origin: Origin | None) -> None:
+        self.origin = origin
+        """What the answers' bits come from."""
         self.choices = [Choice() for _ in range(count)]
         self.pieces: list[list[Delta | Completion]] = [[] for _ in range(count)]
 
@@ -111,7 +113,7 @@ class Desk:
         With `spelled` they are put together from a stream: only that says which text belongs to which token.
         """
         job = self.worker.submit(questions, stream=spelled)
-        heard = Heard(len(questions))
+        heard = Heard(len(questions), job.answerer.origin)
         async with cancels_when_gone(request, job):
             async for index, piece in job:
                 heard.add(index, piece)
@@ -120,7 +122,7 @@ class Desk:
 
     async def keep(self, name: str, questions: tuple[Question, ...], heard: Heard) -> None:
         """Keep a receipt under a name; none where nobody knows what answers, or without a name."""
-        if not name or (origin := self.worker.origin) is None:
+        if not name or (origin := heard.origin) is None:
             return
 
         def keep() -> None:
@@ -142,7 +144,7 @@ class Desk:
         if first is None:
             return Stopped()
         self.metrics.first_token.observe(time.monotonic() - began)
-        heard = Heard(len(questions))
+        heard = Heard(len(questions), job.answerer.origin)
 
         async def events_of() -> AsyncIterator[str]:
             try:

@@ -29,6 +29,7 @@ from litchi.serve.params import MAX_SEED
 from litchi.serve.replays import Replays
 from litchi.serve.replies import Replies
 from litchi.serve.sessions import ACTIONS, MakeRoom, World, frame_of
+from litchi.serve.swaps import Swaps
 from litchi.serve.texts import Texts
 from litchi.serve.tokens import Tokens, Words
 from litchi.serve.worker import Busy, Worker
@@ -66,6 +67,7 @@ def create_app(config: ServeConfig, worker: Worker, make_room: MakeRoom) -> Fast
     app.include_router(Tokens(door.desk).router())
     app.include_router(Replies(door.desk, door.words).router())
     app.include_router(Replays(door.desk).router())
+    app.include_router(Swaps(door.desk).router())
     app.mount("/web", StaticFiles(directory=WEB), name="web")
     app.add_middleware(Guard, key=config.api_key, hosts=config.hosts)
     app.add_middleware(Meter, metrics=door.metrics)  # outermost: what the guard refuses is counted too
@@ -113,7 +115,8 @@ class Door:
     async def measure(self) -> Response:
         load = self.worker.load()
         gauges = {"queue_running": load.running, "queue_waiting": load.waiting, "queue_max_waiting": load.max_waiting}
-        text = self.metrics.text(gauges | {"worlds": self.worlds, "worker_alive": int(self.worker.alive)})
+        gauges |= {"worlds": self.worlds, "worker_alive": int(self.worker.alive)}
+        text = self.metrics.text(gauges | self.worker.answerer.gauges())
         return Response(text, media_type="text/plain; version=0.0.4")
 
     async def models(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 
 from litchi.schema.digest import told
 from litchi.serve.exchange import Desk, Stopped
-from litchi.serve.receipts import Origin, OtherOrigin, receipt_of, shown
+from litchi.serve.receipts import Origin, OtherOrigin, Receipt, receipt_of, shown
 from litchi.serve.wire import Missing
 
 
@@ -32,12 +32,11 @@ class Replays:
     async def replay(self, request: Request, name: str) -> Response:
         """Ask again beside whatever else is asked. Raises Missing, OtherOrigin, Busy."""
         origin, receipt = self.origin(), await to_thread.run_sync(receipt_of, self.text(name))
-        if differs := receipt.origin.differs(origin):
-            mend = "replay it on a server that has those"
-            raise OtherOrigin(f"{name[:80]} was answered by {' and by '.join(differs)}: {mend}")
+        compare(receipt, origin)
         heard = await self.desk.hear(request, receipt.requests)
         if heard is None:
             return Stopped()
+        compare(receipt, heard.origin or origin)  # weights may have been swapped meanwhile
         differs = receipt.differs(tuple(told(each) for each in heard.completions))
         return body_of({"id": name, "object": "receipt.replay", "same": not differs, "differs": differs})
 
@@ -52,6 +51,13 @@ class Replays:
             kept = f"the newest {self.desk.receipts.most} are kept, but for those of store=false"
             raise Missing(f"no receipt {name[:80]!r} here, or no longer: {kept}")
         return text
+
+
+def compare(receipt: Receipt, origin: Origin) -> None:
+    """Raises OtherOrigin."""
+    if differs := receipt.origin.differs(origin):
+        mend = "replay it on a server that has those"
+        raise OtherOrigin(f"{receipt.id[:80]} was answered by {' and by '.join(differs)}: {mend}")
 
 
 def body_of(data: dict) -> Response:

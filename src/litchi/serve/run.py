@@ -19,6 +19,7 @@ from litchi.config import BadInput
 from litchi.record import need
 from litchi.schema.protocol import Sampler
 from litchi.serve.engine import Engine
+from litchi.serve.fleet import Fleet
 from litchi.serve.guard import LOOPBACK
 from litchi.serve.limits import Limits
 from litchi.serve.scheduler import EngineConfig
@@ -48,6 +49,14 @@ class ServeConfig:
     envs: tuple[str, ...] = ("BabyAI-GoToLocal-v0", "BabyAI-GoToObj-v0", "BabyAI-GoToRedBall-v0", "BabyAI-PickupLoc-v0")
     """Rooms that a visitor may ask for; the first is the default."""
     engine: EngineConfig = EngineConfig()
+    workers: int = 0
+    """Processes with an engine each, which may die without the door: 0 has one engine in the door's own process."""
+    worker_patience: float = 120.0
+    """Seconds after which a worker that has work and does not get on with it is replaced."""
+    checkpoints: tuple[str, ...] = ()
+    """Folders whose weights may take the place of those that answer, by `POST /v1/weights`; asks for an `api_key`."""
+    drain: float = 30.0
+    """Seconds that answers under way have to end in when the server is told to stop."""
     receipts: str = ""
     """A file that what responses were made of is appended to, so that it outlives the server; empty: memory only."""
     max_queue: int = 64
@@ -84,7 +93,7 @@ class ServeConfig:
         return self.allowed_hosts or (LOOPBACK if self.host in LOOPBACK else ())
 
 
-def run(config: ServeConfig, sampler: Sampler, make_room: MakeRoom) -> None:
+def run(config: ServeConfig, sampler: Sampler | Fleet, make_room: MakeRoom) -> None:
     """Serve until interrupted. Raises BadInput if the address cannot be had."""
     uvicorn = need("serve", "uvicorn")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -99,7 +108,7 @@ def run(config: ServeConfig, sampler: Sampler, make_room: MakeRoom) -> None:
 
 
 @contextmanager
-def background(config: ServeConfig, sampler: Sampler, make_room: MakeRoom) -> Iterator[str]:
+def background(config: ServeConfig, sampler: Sampler | Fleet, make_room: MakeRoom) -> Iterator[str]:
     """The address of a server that runs in a thread of this process while the block runs.
 
     If the port of the config is taken, any free one is had instead.
@@ -134,13 +143,13 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def uvicorn_config(config: ServeConfig, sampler: Sampler, make_room: MakeRoom):  # noqa: ANN201 (an extra's type)
+def uvicorn_config(config: ServeConfig, sampler: Sampler | Fleet, make_room: MakeRoom):  # noqa: ANN201 (an extra's type)
     uvicorn = need("serve", "uvicorn")
     need("serve", "fastapi")
     from litchi.serve.http import create_app  # after need, which names the missing extra
     from litchi.serve.patience import patient
 
-    answerer = sampler if isinstance(sampler, Engine) else Solo(sampler)
+    answerer = sampler if isinstance(sampler, Engine | Fleet) else Solo(sampler)
     app = create_app(config, Worker(answerer, config.max_queue), make_room)
     # A message of a world session is held whole in memory, as a body is: the same limit.
     return uvicorn.Config(
@@ -148,6 +157,6 @@ def uvicorn_config(config: ServeConfig, sampler: Sampler, make_room: MakeRoom): 
         http=patient(config.patience),
         log_level="warning",
         ws_max_size=config.max_body_bytes,
-        timeout_graceful_shutdown=3,
+        timeout_graceful_shutdown=max(1, round(config.drain)),
         server_header=False,
     )

@@ -47,6 +47,9 @@ class Solo:
     def origin(self) -> None:
         """Nobody knows what a sampler's bits come from."""
 
+    def gauges(self) -> dict[str, float]:
+        return {}
+
     @property
     def alive(self) -> bool:
         return self._thread.is_alive()

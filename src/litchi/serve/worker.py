@@ -46,12 +46,18 @@ class Answerer(Protocol):
         """What its bits come from; None if they come otherwise at another time."""
         ...
 
-    def start(self) -> Any: ...
+    def start(self) -> Any:
+        """Harmless where it has been started."""
+        ...
 
     def close(self) -> None: ...
 
     @property
     def alive(self) -> bool: ...
+
+    def gauges(self) -> dict[str, float]:
+        """What `/metrics` tells of it, by name."""
+        ...
 
     def submit(self, request: Request, put: Put, *, stream: bool) -> Any:
         """Take a request in; `put` is told every piece, in any thread, and in the end None or what went wrong."""
@@ -76,6 +82,8 @@ class Job:
     def __init__(self, requests: Sequence[Request], stream: bool, worker: Worker):
         self.requests, self.stream, self.cancelled = tuple(requests), stream, threading.Event()
         self._worker, self._loop = worker, asyncio.get_running_loop()
+        self.answerer = worker.answerer
+        """Who answers all of it, also when others have taken its place at the door."""
         self._pieces: asyncio.Queue[tuple[int, Piece] | BaseException | None] = asyncio.Queue()
         self._left, self._began = len(requests), time.monotonic()
         self._lock = threading.Lock()
@@ -96,7 +104,7 @@ class Job:
         """Ask for no more; called in any thread."""
         self.cancelled.set()
         for ticket in self.tickets:
-            self._worker.answerer.cancel(ticket)
+            self.answerer.cancel(ticket)
 
     def take(self, index: int, piece: Piece | BaseException | None) -> None:
         """What one request is told, in the thread of who answers."""
@@ -128,24 +136,49 @@ class Worker:
     """Lets at most as many requests in as can be answered at once, and `max_queue` more."""
 
     def __init__(self, answerer: Answerer, max_queue: int):
-        self.answerer, self.sampler, self._max = answerer, answerer.sampler, max_queue
+        self.answerer, self._max = answerer, max_queue
+        self._leaving: list[Answerer] = []
+        """Who answers only what they have begun."""
         self._open: set[Job] = set()
         self._lock = threading.Lock()
         self._inside = self._answered = 0
         self._seconds = 1.0
         self._closing = False
 
+    @property
+    def sampler(self) -> Sampler:
+        return self.answerer.sampler
+
     def start(self) -> None:
         self.answerer.start()
+
+    def swap(self, answerer: Answerer) -> None:
+        """Ask `answerer` from now on; who answered before ends what was begun, and is closed."""
+        answerer.start()
+        with self._lock:
+            self._leaving.append(self.answerer)
+            self.answerer = answerer
+        self.dismiss()
+
+    def dismiss(self) -> None:
+        """Close those whom nobody waits for any more, in a thread of their own: it may take seconds."""
+        with self._lock:
+            busy = {id(job.answerer) for job in self._open}
+            idle = [each for each in self._leaving if id(each) not in busy]
+            self._leaving = [each for each in self._leaving if id(each) in busy]
+        for each in idle:
+            threading.Thread(target=each.close, name="litchi-leaving").start()
 
     def close(self) -> None:
         """Cancel everything, and wait until who answers has stopped."""
         with self._lock:
             self._closing = True
             jobs = list(self._open)
+            leaving, self._leaving = self._leaving, []
         for job in jobs:
             job.stop()
-        self.answerer.close()
+        for each in (*leaving, self.answerer):
+            each.close()
 
     def submit(self, requests: Sequence[Request], *, stream: bool = False) -> Job:
         """Queue requests as one job, answered in deltas (`stream`) or one completion each. Raises Busy."""
@@ -159,7 +192,7 @@ class Worker:
         for index, request in enumerate(job.requests):
             try:
                 job.tickets.append(
-                    self.answerer.submit(request, lambda piece, index=index: job.take(index, piece), stream=stream)
+                    job.answerer.submit(request, lambda piece, index=index: job.take(index, piece), stream=stream)
                 )
             except BaseException as error:
                 for rest in range(index, len(job.requests)):
@@ -186,6 +219,8 @@ class Worker:
                 self._open.discard(job)
                 self._answered += 1
                 self._seconds += 0.2 * (job.seconds - self._seconds)
+        if self._leaving:
+            self.dismiss()
 
     def load(self) -> Load:
         with self._lock:

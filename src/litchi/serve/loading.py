@@ -1,0 +1,29 @@
+"""A checkpoint's folder as what answers: an engine in this process, or workers of their own under a supervisor."""
+
+from __future__ import annotations
+
+import json
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from litchi.model.weights import load
+from litchi.serve.engine import Engine
+from litchi.serve.fleet import Fleet
+
+if TYPE_CHECKING:
+    from litchi.serve.run import ServeConfig
+
+
+def load_engine(folder: Path, config: ServeConfig) -> Engine:
+    """An engine in this process, which is started with the server. Raises BadInput for a folder that is not whole."""
+    loaded = load(folder)
+    weights = sha256(json.dumps(loaded.meta["files"], sort_keys=True).encode()).hexdigest()
+    return Engine(loaded.model, loaded.processor, config.engine, weights=weights)
+
+
+def load_answerer(folder: Path, config: ServeConfig) -> Engine | Fleet:
+    """An engine, or with `serve.workers` as many processes that have one each, started and ready."""
+    if not config.workers:
+        return load_engine(folder, config)
+    return Fleet(folder, config).start()
