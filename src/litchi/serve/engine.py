@@ -27,6 +27,7 @@ from litchi.schema.processor import Processor
 from litchi.schema.request import Completion, Delta, Request
 from litchi.serve.pages import Pages
 from litchi.serve.prefix import PageKeys
+from litchi.serve.promise import broken
 from litchi.serve.receipts import Origin
 from litchi.serve.runner import NativeRunner, Piece, Runner, TorchRunner
 from litchi.serve.scheduler import EngineConfig, Scheduler, Track
@@ -85,6 +86,8 @@ class Engine:
         self.changed = threading.Condition()
         self.closing = False
         self.num_steps = self.tokens_read = 0
+        self.fault = ""
+        """What was found to depend on neighbours though it should not."""
         self.thread = threading.Thread(target=self.work, name="litchi-engine", daemon=True)
 
     # ---- from any thread ----
@@ -114,8 +117,22 @@ class Engine:
     @property
     def origin(self) -> Origin | None:
         """What the bits of answers come from, if that is known and they depend on nothing else."""
-        known = self.runner.exact and self.weights
+        known = self.runner.exact and self.weights and not self.fault
         return Origin(self.weights, self.runner.name, torch.__version__) if known else None
+
+    @property
+    def mode(self) -> str:
+        if self.fault:
+            return f"not exact on this machine: {self.fault} depends on what stands beside it"
+        return "exact" if self.runner.exact else "not exact: serve.engine.exact=false"
+
+    def look(self) -> Engine:
+        """See whether this machine keeps the promise; `mode` tells."""
+        if self.runner.exact:
+            self.fault = broken(self.runner, self.processor, self.model.config.vocab_size, self.pages.size)
+        if self.fault:
+            log.warning("answers are %s; no receipts are kept", self.mode)
+        return self
 
     @property
     def alive(self) -> bool:

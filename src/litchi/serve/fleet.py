@@ -108,6 +108,7 @@ class Fleet:
         self.fault = ""
         """Why there are no workers any more."""
         self.known: Origin | None = None
+        self.mode = "starting"
         self.stillborn = self.restarts = 0
         self.watcher = threading.Thread(target=self.watch, name="litchi-watch", daemon=True)
 
@@ -243,20 +244,8 @@ class Fleet:
     # ---- the life of a worker ----
 
     def launch(self, place: int) -> None:
-        ours, theirs = socket.socketpair()
-        threads = max(1, (os.cpu_count() or 1) // self.config.workers)
-        process = subprocess.Popen(
-            [sys.executable, "-m", "litchi.serve.member", str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads)} | devices(place),
-            start_new_session=True,  # an interrupt at the keyboard is the door's to hear
-        )
-        theirs.close()
-        member = Member(place, process, Pipe(ours))
+        member = launched(place, self.folder, self.config)
         self.members.append(member)
-        told = plain(replace(self.config, api_key=""), type(self.config))
-        member.pipe.send({"folder": str(self.folder), "serve": told, "threads": threads})
         threading.Thread(target=self.listen, args=(member,), name=f"litchi-worker-{place}", daemon=True).start()
 
     def listen(self, member: Member) -> None:
@@ -290,7 +279,8 @@ class Fleet:
                 if load["steps"] != member.load.get("steps") or not load["running"]:
                     member.moved = time.monotonic()
                 member.load = load
-            case {"ready": origin}:
+            case {"ready": origin, "mode": mode}:
+                self.mode = mode
                 self.welcome(member, None if origin is None else Origin(**origin))
             case {"failed": [kind, text]}:
                 self.give_up(text if kind == "input" else f"a worker cannot start ({kind}: {text}): see its log")
@@ -355,6 +345,24 @@ class Fleet:
                 if still > self.config.worker_patience:
                     log.error("worker %d has done nothing for %.0f s: killed", member.place, still)
                     member.process.kill()
+
+
+def launched(place: int, folder: Path, config: ServeConfig) -> Member:
+    """A process that has been told what to serve."""
+    ours, theirs = socket.socketpair()
+    threads = max(1, (os.cpu_count() or 1) // config.workers)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "litchi.serve.member", str(theirs.fileno())],
+        pass_fds=[theirs.fileno()],
+        stdin=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": str(threads)} | devices(place),
+        start_new_session=True,  # an interrupt at the keyboard is the door's to hear
+    )
+    theirs.close()
+    member = Member(place, process, Pipe(ours))
+    told = plain(replace(config, api_key=""), type(config))
+    member.pipe.send({"folder": str(folder), "serve": told, "threads": threads})
+    return member
 
 
 def beginning(request: Request) -> bytes:

@@ -110,6 +110,7 @@ class Door:
     async def health(self) -> Response:
         alive = self.worker.alive
         body = {"status": "ok" if alive else "the worker stopped", "model": self.config.model}
+        body["mode"] = self.worker.answerer.mode
         return JSONResponse(body | {"queue": asdict(self.worker.load()), "worlds": self.worlds}, 200 if alive else 503)
 
     async def measure(self) -> Response:

@@ -19,7 +19,7 @@ def load_engine(folder: Path, config: ServeConfig) -> Engine:
     """An engine in this process, which is started with the server. Raises BadInput for a folder that is not whole."""
     loaded = load(folder)
     weights = sha256(json.dumps(loaded.meta["files"], sort_keys=True).encode()).hexdigest()
-    return Engine(loaded.model, loaded.processor, config.engine, weights=weights)
+    return Engine(loaded.model, loaded.processor, config.engine, weights=weights).look()
 
 
 def load_answerer(folder: Path, config: ServeConfig) -> Engine | Fleet:

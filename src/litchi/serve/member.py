@@ -43,7 +43,7 @@ def main() -> None:
         pipe.close()
         raise
     origin = engine.origin
-    pipe.send({"ready": None if origin is None else asdict(origin)})
+    pipe.send({"ready": None if origin is None else asdict(origin), "mode": engine.mode})
     threading.Thread(target=beat, args=(pipe, engine), name="litchi-beat", daemon=True).start()
     Answers(pipe, engine).take()
     os._exit(0)  # threads of libraries must not keep a worker alive whom nobody asks

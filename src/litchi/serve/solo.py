@@ -44,6 +44,10 @@ class Solo:
         return 1
 
     @property
+    def mode(self) -> str:
+        return "one at a time"
+
+    @property
     def origin(self) -> None:
         """Nobody knows what a sampler's bits come from."""
 

@@ -46,6 +46,11 @@ class Answerer(Protocol):
         """What its bits come from; None if they come otherwise at another time."""
         ...
 
+    @property
+    def mode(self) -> str:
+        """ "exact", or why it is not."""
+        ...
+
     def start(self) -> Any:
         """Harmless where it has been started."""
         ...

@@ -1,0 +1,61 @@
+"""Does this machine keep the promise that an answer depends on nothing beside it? Looked at when a server starts.
+
+The same tokens are read whole, and in pieces beside a neighbour; not one bit may differ. It is a look and no proof:
+what proves it are the schedules of `bench/fuzz_engine.py` on a machine of the same kind.
+"""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from torch import Tensor
+
+from litchi.model import exact
+from litchi.schema.processor import Builder, Processor
+from litchi.serve.pages import Pages
+from litchi.serve.runner import Piece, Runner, TorchRunner
+
+LENGTH = 24
+CUTS = (0, 13, 14, 16, 17, 24)
+"""Where the second reading is cut: pieces of 13, 1, 2, 1 and 7 tokens."""
+
+
+@torch.no_grad()
+def broken(runner: Runner, processor: Processor, vocab_size: int, page: int) -> str:
+    """What depends on what stands beside it on this machine, in words; "" if nothing does.
+
+    Takes as long as reading a hundred tokens, and on the PyTorch path an eighth of a second more.
+    """
+    if isinstance(runner, TorchRunner) and (what := exact.broken(runner.dtype)):
+        return what
+    pages = Pages(*runner.room(4 * (1 + LENGTH // page) + 1, page), clear=runner.clear)
+    rng = random.Random(0)
+    document, neighbour = (drawn(processor, vocab_size, rng) for _ in range(2))
+    held = [[pages.take() for _ in range(1 + LENGTH // page)] for _ in range(3)]
+    whole = runner.run([Piece(document, 0, LENGTH, held[0], rows=LENGTH)], pages)[0]
+    assert whole is not None
+    for start, stop in zip(CUTS, CUTS[1:], strict=False):
+        pieces = [
+            Piece(neighbour, start, stop, held[1], rows=stop - start),
+            Piece(document, start, stop, held[2], rows=stop - start),
+        ]
+        found = runner.run(pieces, pages)[1]
+        if found is None or not same(found, whole[start:stop]):
+            return f"a hidden state read as one of {stop - start} beside others"
+    scores = runner.logits(whole)
+    if any(not same(runner.logits(whole[at : at + 1]), scores[at : at + 1]) for at in (0, LENGTH - 1)):
+        return "the scores of one token"
+    return ""
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return bool(torch.isfinite(a).all()) and torch.equal(a, b)
+
+
+def drawn(processor: Processor, vocab_size: int, rng: random.Random) -> Builder:
+    builder = Builder()
+    words = [index for index in range(min(vocab_size, len(processor.tokenizer))) if index not in processor.controls]
+    while len(builder.tokens) < LENGTH:
+        builder.token(rng.choice(words))
+    return builder
