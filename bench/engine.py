@@ -2,10 +2,10 @@
 
     python bench/engine.py [--rounds 3]
 
-SmolLM2-135M-Instruct from one GGUF file (4 bits, which transformers and our bfloat16 read as bfloat16), two threads,
-one request and 16 at once, about 150 tokens of prompt, 64 of answer, greedy, no end before. Each system has a process
-of its own, one after another; llama.cpp, OpenVINO and vLLM have environments below ~/.cache/litchi/peers, which are made
-if they are missing (llama.cpp is compiled, ten minutes).
+SmolLM2-135M-Instruct from one GGUF file (4 bits, which transformers, vLLM and our bfloat16 read as bfloat16), two
+threads, one request and 16 at once, about 150 tokens of prompt, 64 of answer, greedy, no end before. Each system has a
+process of its own, one after another; llama.cpp, OpenVINO and vLLM have environments below ~/.cache/litchi/peers, which
+are made if they are missing (llama.cpp is compiled, ten minutes).
 """
 
 from __future__ import annotations
