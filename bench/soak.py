@@ -4,8 +4,8 @@
 
 SmolLM2-135M-Instruct by `litchi serve` with two workers. Clients ask, stream, embed, want words in a grammar, leave in
 the middle, send broken, oversize and unauthorised requests. Whoever stays must get an answer, and an answer must be
-that of an engine asked alone: text and log-probabilities. Memory is fitted by a line, for the door over the whole time, for
-workers over the life of each.
+that of an engine asked alone: text and log-probabilities. Memory is fitted by a line, for the door over the whole time,
+for workers over the life of each.
 """
 
 from __future__ import annotations

@@ -7,10 +7,8 @@ When pages run out, the youngest document gives its own back and is read again l
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import torch
@@ -24,14 +22,14 @@ from litchi.model.network import Model
 from litchi.model.packing import BLOCK
 from litchi.model.program import Program
 from litchi.schema.processor import Processor
-from litchi.schema.request import Completion, Delta, Request
+from litchi.schema.request import Delta, Request
+from litchi.serve.asking import Asking
 from litchi.serve.pages import Pages
 from litchi.serve.prefix import PageKeys
 from litchi.serve.promise import broken
 from litchi.serve.receipts import Origin
 from litchi.serve.runner import NativeRunner, Piece, Runner, TorchRunner
 from litchi.serve.scheduler import EngineConfig, Scheduler, Track
-from litchi.serve.solo import Piece as Told
 from litchi.serve.solo import Put
 
 log = logging.getLogger("litchi.serve")
@@ -62,7 +60,7 @@ class Load:
     preempted: int
 
 
-class Engine:
+class Engine(Asking):
     """A `Sampler` for many at once. `start` runs it in a thread of its own; `step` does one step, for tests."""
 
     def __init__(
@@ -167,22 +165,6 @@ class Engine:
         with self.changed:
             ticket.cancelled = True
             self.changed.notify_all()
-
-    def stream(self, request: Request) -> Iterator[Delta]:
-        """The pieces of one answer, while the engine's thread runs."""
-        pieces: queue.SimpleQueue[Told | BaseException | None] = queue.SimpleQueue()
-        track = self.submit(request, pieces.put)
-        try:
-            while (piece := pieces.get()) is not None:
-                if isinstance(piece, BaseException):
-                    raise piece
-                assert isinstance(piece, Delta)
-                yield piece
-        finally:
-            self.cancel(track)
-
-    def complete(self, request: Request) -> Completion:
-        return whole(list(self.stream(request)))
 
     def load(self) -> Load:
         with self.changed:

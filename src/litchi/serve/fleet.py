@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from litchi.config import BadInput, plain
-from litchi.model.weights import load_config, load_processor
+from litchi.model.weights import load_config, load_processor, read_meta
 from litchi.schema.request import Completion, Delta, Request
 from litchi.schema.sample import Text
+from litchi.serve.asking import Asking
 from litchi.serve.pipe import Pipe, read, written
 from litchi.serve.receipts import Origin
 from litchi.serve.solo import Put
@@ -89,14 +90,16 @@ class Shape:
     """As much of a network as the door asks for: how it is made."""
 
     def __init__(self, folder: Path) -> None:
+        """Raises BadInput if there is no checkpoint."""
+        read_meta(folder)
         self.config = load_config(folder)
 
 
-class Fleet:
-    """An `Answerer` whose engines are processes. It is its own sampler, as far as the door asks: a processor."""
+class Fleet(Asking):
+    """An `Answerer` whose engines are processes."""
 
     def __init__(self, folder: Path, config: ServeConfig) -> None:
-        self.folder, self.config = folder, config
+        self.folder, self.config, self.model = folder, config, Shape(folder)
         self.members: list[Member] = []
         self.homeless: OrderedDict[int, Ask] = OrderedDict()
         """Who waits for a worker."""
@@ -121,10 +124,6 @@ class Fleet:
     @cached_property
     def processor(self) -> Any:
         return load_processor(self.folder / "processor")
-
-    @cached_property
-    def model(self) -> Shape:
-        return Shape(self.folder)
 
     @property
     def max_running(self) -> int:

@@ -1,4 +1,4 @@
-"""Does this machine keep the promise that an answer depends on nothing beside it? Looked at when a server starts.
+"""When a server starts, it looks whether this machine keeps the promise that an answer depends on nothing beside it.
 
 The same tokens are read whole, and in pieces beside a neighbour; not one bit may differ. It is a look and no proof:
 what proves it are the schedules of `bench/fuzz_engine.py` on a machine of the same kind.
