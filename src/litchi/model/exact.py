@@ -2,9 +2,9 @@
 
 Then training, prefill in any chunks, decoding, denoising and every mix of them give the same bits. On a CPU, PyTorch's
 libraries break that in four places, and numbers of rows mend it (measured on AVX512 with torch 2.13; `broken` measures
-it here): products of few rows take another way, attention of few queries does, its kernel adds up keys in blocks of
-512, the last of which it cuts short, and the last values of a SiLU or GELU are rounded otherwise. Pictures that a tower
-reads are read one by one.
+it here): products of few rows take another way, attention of few queries does, its kernel adds up keys in an order that
+depends on their number, and the last values of a SiLU or GELU are rounded otherwise. So a query is shown as many keys
+as its own last one asks for, whatever is read beside it. Pictures that a tower reads are read one by one.
 
 T tokens, H query heads, G key-value heads, K head width, n queries, M keys.
 """
@@ -12,11 +12,13 @@ T tokens, H query heads, G key-value heads, K head width, n queries, M keys.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from litchi.model.attention import Attend, dense_mask
@@ -29,8 +31,8 @@ ROWS = 4
 """Rows of a product come in multiples of this."""
 QUERIES = 4
 """And queries: the kernel takes 32, 64 or 256 at once, and of what is left over one would go another way."""
-KEYS = 512
-"""Keys come in multiples of this."""
+KEYS = 64
+"""And keys: of what a query sees, up to the last; others that it does not see fill it up."""
 VALUES = 32
 """Values of an activation come in multiples of this: two registers of AVX512."""
 
@@ -92,25 +94,26 @@ def attention(batch: Batch, cache: KVCache | None) -> Attend:
     """Each document by itself, against its own keys."""
     if cache is not None:
         columns = cache.admit(batch)
-        return partial(attend_steady, masks=[dense_mask(Columns.of(batch), columns)], queries=[len(batch)], keys=[0])
+        blocks = [blocks_of(dense_mask(Columns.of(batch), columns))]
+        return partial(attend_steady, blocks=blocks, queries=[len(batch)], keys=[0])
     bounds = batch.cu_seqlens.tolist()
-    masks, lengths = [], []
+    blocks, lengths = [], []
     for start, stop in zip(bounds, bounds[1:], strict=False):
         columns = Columns(batch.docs[start:stop], batch.spans[start:stop], batch.readable[start:stop])
-        masks.append(dense_mask(columns, columns))
+        blocks.append(blocks_of(dense_mask(columns, columns)))
         lengths.append(stop - start)
-    return partial(attend_steady, masks=masks, queries=lengths, keys=lengths)
+    return partial(attend_steady, blocks=blocks, queries=lengths, keys=lengths)
 
 
 def attend_steady(
-    q_THK: Tensor, k_MGK: Tensor, v_MGK: Tensor, *, masks: list[Tensor], queries: list[int], keys: list[int]
+    q_THK: Tensor, k_MGK: Tensor, v_MGK: Tensor, *, blocks: list[list[Block]], queries: list[int], keys: list[int]
 ) -> Tensor:
     """Documents one after another, each with so many queries and keys; 0 keys are all. oracle: attend_dense"""
     found, q_at, k_at = [], 0, 0
-    for mask, num_queries, num_keys in zip(masks, queries, keys, strict=True):
+    for own, num_queries, num_keys in zip(blocks, queries, keys, strict=True):
         num_keys = num_keys or len(k_MGK)
         k, v = (x[k_at : k_at + num_keys].transpose(0, 1) for x in (k_MGK, v_MGK))
-        found.append(look(q_THK[q_at : q_at + num_queries], fill_up(k), fill_up(v), mask))
+        found.append(look(q_THK[q_at : q_at + num_queries], fill_up(k), fill_up(v), own))
         q_at, k_at = q_at + num_queries, k_at + num_keys
     return torch.cat(found)
 
@@ -120,18 +123,48 @@ def fill_up(x_GMK: Tensor) -> Tensor:
     return F.pad(x_GMK, (0, 0, 0, -x_GMK.shape[1] % KEYS))
 
 
-def look(q_nHK: Tensor, k_GMK: Tensor, v_GMK: Tensor, mask_nM: Tensor, multiple: int = QUERIES) -> Tensor:
-    """What queries find among keys that are as many as the rule wants; those beyond the mask's are never seen."""
-    n = len(q_nHK)
-    missing = -n % multiple
-    mask = F.pad(mask_nM, (0, k_GMK.shape[1] - mask_nM.shape[1], 0, missing))
-    if missing:
-        q_nHK = F.pad(q_nHK, (0, 0, 0, 0, 0, missing))
-        mask[n:, 0] = True
-    o = F.scaled_dot_product_attention(
-        q_nHK.transpose(0, 1)[None], k_GMK[None], v_GMK[None], attn_mask=mask, enable_gqa=True
-    )
-    return o[0].transpose(0, 1)[:n]
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Queries [start, stop) that are shown the same number of keys."""
+
+    start: int
+    stop: int
+    mask: Bool[Tensor, "queries keys"]
+    """Which of them each sees; with a row more for each query that is missing to the multiple."""
+
+
+def blocks_of(mask_nM: Bool[Tensor, "n M"], queries: int = QUERIES, keys: int = KEYS) -> list[Block]:
+    """Neighbouring queries whose last keys lie within the same multiple. Every query sees a key."""
+    last = mask_nM.shape[1] - mask_nM.flip(1).byte().argmax(1)
+    counts, lengths = torch.unique_consecutive(-(-last // keys), return_counts=True)
+    found, start = [], 0
+    for count, length in zip((keys * counts).tolist(), lengths.tolist(), strict=True):
+        stop, missing = start + length, -length % queries
+        mask = mask_nM[start:stop, :count]
+        mask = F.pad(mask, (0, count - mask.shape[1], 0, missing))
+        mask[length:, 0] = True
+        found.append(Block(start, stop, mask))
+        start = stop
+    return found
+
+
+def look(q_nHK: Tensor, k_GMK: Tensor, v_GMK: Tensor, blocks: Sequence[Block]) -> Tensor:
+    """What queries find among keys, of which there are as many as any block asks for."""
+    found = []
+    for block in blocks:
+        q_THK, length = q_nHK[block.start : block.stop], block.stop - block.start
+        rows, count = block.mask.shape
+        if rows > length:
+            q_THK = F.pad(q_THK, (0, 0, 0, 0, 0, rows - length))
+        o = F.scaled_dot_product_attention(
+            q_THK.transpose(0, 1)[None],
+            k_GMK[None, :, :count],
+            v_GMK[None, :, :count],
+            attn_mask=block.mask,
+            enable_gqa=True,
+        )
+        found.append(o[0].transpose(0, 1)[:length])
+    return torch.cat(found) if len(found) > 1 else found[0]
 
 
 # ---- whether they are enough --------------------------------------------------------------------------------------
@@ -150,11 +183,11 @@ def broken(dtype: torch.dtype, shapes: tuple[tuple[int, int], ...] = ((576, 1536
                 return f"a product of {count} rows by {inner}x{outer}"
     q, k, v = (torch.randn(700, heads, 64, generator=generator).to(dtype) for heads in (9, 3, 3))
     mask = torch.ones(700, 700, dtype=torch.bool).tril()
-    whole = attend_steady(q, k, v, masks=[mask], queries=[700], keys=[700])
+    whole = attend_steady(q, k, v, blocks=[blocks_of(mask)], queries=[700], keys=[700])
     for start, count in ((0, 1), (511, 1), (512, 3), (650, 50), (100, 33), (10, 65), (200, 400), (3, 257)):
         stop = start + count
-        masks = [mask[start:stop, :stop]]
-        part = attend_steady(q[start:stop], k[:stop], v[:stop], masks=masks, queries=[count], keys=[0])
+        blocks = [blocks_of(mask[start:stop, :stop])]
+        part = attend_steady(q[start:stop], k[:stop], v[:stop], blocks=blocks, queries=[count], keys=[0])
         if not torch.equal(part, whole[start:stop]):
             return f"attention of {count} queries to {stop} keys"
     return ""

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from litchi.config import BadInput
-from litchi.model import exact
 from litchi.model.generate import whole
 from litchi.model.native import unsupported
 from litchi.model.network import Model
@@ -74,8 +73,6 @@ class Engine(Asking):
         """`weights` is what tells these weights from others; a `runner` that is there already need not be built."""
         self.config = config or EngineConfig()
         self.model, self.processor, self.weights = model, processor, weights
-        if exact.KEYS % self.config.page:
-            raise BadInput(f"serve.engine.page={self.config.page} must divide {exact.KEYS}: set 64")
         self.runner = runner or runner_of(model, self.config)
         room = self.runner.room(self.config.cache_tokens // self.config.page + 1, self.config.page)
         self.pages = Pages(*room, clear=self.runner.clear)

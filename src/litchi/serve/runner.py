@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from litchi.model import exact
@@ -161,19 +162,24 @@ class View:
 
     def __init__(self, pages: Pages, pieces: Sequence[Piece], *, steady: bool) -> None:
         self.pages, self.pieces = pages, pieces
-        self.keys, self.queries = (exact.KEYS, exact.QUERIES) if steady else (pages.size, 1)
+        self.keys = exact.KEYS if steady else pages.size
         size, places = pages.size, []
         for piece in pieces:
             places += [(piece.pages[at // size], at % size) for at in range(piece.start, piece.stop)]
         self.count = len(places)
         self.page, self.offset = torch.tensor(places).unbind(1)
         self.tables = [self.table(piece) for piece in pieces]
-        self.masks = [mask_of(piece) for piece in pieces]
+        self.blocks = [exact.blocks_of(mask_of(piece)) if steady else self.whole(piece) for piece in pieces]
+
+    def whole(self, piece: Piece) -> list[exact.Block]:
+        """All queries at once, as the kernel likes them best."""
+        mask = mask_of(piece)
+        return [exact.Block(0, len(mask), F.pad(mask, (0, -mask.shape[1] % self.keys)))]
 
     def table(self, piece: Piece) -> Tensor:
         """Pages of all keys, and the page of zeros until there are as many as the rule wants."""
         size = self.pages.size
-        count = -(-piece.stop // self.keys) * self.keys // size
+        count = -(-(-(-piece.stop // self.keys) * self.keys) // size)
         used = -(-piece.stop // size)
         return torch.tensor([*piece.pages[:used], *[0] * (count - used)])
 
@@ -186,10 +192,10 @@ class View:
     def attend(self, q_THK: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """oracle: attend_dense"""
         out, at = torch.zeros_like(q_THK), 0
-        for piece, table, mask in zip(self.pieces, self.tables, self.masks, strict=True):
+        for piece, table, blocks in zip(self.pieces, self.tables, self.blocks, strict=True):
             k_GMK, v_GMK = (x[table].transpose(0, 1).flatten(1, 2) for x in (keys, values))
             stop = at + piece.stop - piece.start
-            out[at:stop] = exact.look(q_THK[at:stop].to(keys.dtype), k_GMK, v_GMK, mask, self.queries)
+            out[at:stop] = exact.look(q_THK[at:stop].to(keys.dtype), k_GMK, v_GMK, blocks)
             at = stop
         return out
 

@@ -25,7 +25,7 @@ class EngineConfig:
     step_tokens: int = 256
     """Tokens of a step; a span of more is read alone."""
     page: int = 64
-    """Tokens of a page; a divisor of 512."""
+    """Tokens of a page; in C++ a multiple of 32."""
     cache_tokens: int = 16_384
     """Tokens whose keys and values have a place."""
     remember: bool = True
