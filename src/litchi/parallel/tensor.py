@@ -53,8 +53,11 @@ def slice_of(name: str, num_dims: int, *, shared: bool) -> Slice:
     return Slice(partial=shared and name != "embed_positions.weight")
 
 
-def apply(model: Model, world: World) -> None:
-    """Cut the trunk's matrices and put the hooks. Raises BadInput, naming the size that does not divide."""
+def apply(model: Model, world: World, *, product: Any = F.linear, out: Any = leave) -> None:
+    """Cut the trunk's matrices and put the hooks. Raises BadInput, naming the size that does not divide.
+
+    `product` multiplies what is cut by columns, and `out` sums the parts of all ranks where they do not share tokens.
+    """
     group, degree = world.group("tensor"), world.degree("tensor")
     if group is None:
         return
@@ -72,7 +75,7 @@ def apply(model: Model, world: World) -> None:
     hook_ends(model, group, shared=shared)
     for module in model.modules():
         if isinstance(module, Expert):
-            hook_expert(module, group, shared=shared)
+            hook_expert(module, group, product, out, shared=shared)
 
 
 def hook_ends(model: Model, group: ProcessGroup, *, shared: bool) -> None:
@@ -90,14 +93,14 @@ def hook_ends(model: Model, group: ProcessGroup, *, shared: bool) -> None:
     model.surprise = partial(surprise, group=group)
 
 
-def hook_expert(expert: Expert, group: ProcessGroup, *, shared: bool) -> None:
-    into, out = (gather_rows, scatter_rows) if shared else (enter, leave)
+def hook_expert(expert: Expert, group: ProcessGroup, product: Any, out: Any, *, shared: bool) -> None:
+    into, out = (gather_rows, scatter_rows) if shared else (enter, out)
     for norm in (expert.input_layernorm, expert.post_attention_layernorm):
         norm.register_forward_hook(lambda _module, _args, x: into(x, group))
-    expert.self_attn.o_proj.forward = partial(write, expert.self_attn.o_proj, out, group)
+    expert.self_attn.o_proj.forward = partial(write, expert.self_attn.o_proj, product, out, group)
     match expert.mlp:
         case MLP() | PlainMLP():
-            expert.mlp.down_proj.forward = partial(write, expert.mlp.down_proj, out, group)
+            expert.mlp.down_proj.forward = partial(write, expert.mlp.down_proj, product, out, group)
         case SparseMLP():
             expert.mlp.register_forward_hook(lambda _module, _args, x: out(x, group))
 
@@ -121,9 +124,9 @@ def take_tokens(group: ProcessGroup, _module: nn.Module, args: tuple[Any, ...]) 
     return (take_rows(x_TD, group), *rest)
 
 
-def write(linear: nn.Linear, out: Any, group: ProcessGroup, x: Tensor) -> Tensor:
+def write(linear: nn.Linear, product: Any, out: Any, group: ProcessGroup, x: Tensor) -> Tensor:
     """A matrix cut by columns: the parts are summed, and the bias is added once."""
-    y = out(F.linear(x, linear.weight), group)
+    y = out(product(x, linear.weight), group)
     return y if linear.bias is None else y + linear.bias
 
 

@@ -349,7 +349,7 @@ class Fleet(Asking):
 def launched(place: int, folder: Path, config: ServeConfig) -> Member:
     """A process that has been told what to serve."""
     ours, theirs = socket.socketpair()
-    threads = max(1, (os.cpu_count() or 1) // config.workers)
+    threads = max(1, (os.cpu_count() or 1) // (config.workers * config.tensor))
     process = subprocess.Popen(
         [sys.executable, "-m", "litchi.serve.member", str(theirs.fileno())],
         pass_fds=[theirs.fileno()],

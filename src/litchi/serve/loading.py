@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,20 +11,27 @@ from typing import TYPE_CHECKING
 from litchi.model.weights import load
 from litchi.serve.engine import Engine
 from litchi.serve.fleet import Fleet
+from litchi.serve.ranks import dtype_of, muster
+from litchi.serve.tensor import TensorRunner
 
 if TYPE_CHECKING:
     from litchi.serve.run import ServeConfig
 
 
 def load_engine(folder: Path, config: ServeConfig) -> Engine:
-    """An engine in this process, which is started with the server. Raises BadInput for a folder that is not whole."""
+    """An engine in this process, which is started with the server. Raises BadInput for a folder that is not whole.
+
+    With `serve.tensor` other processes are started that share the network; they end with this one.
+    """
+    world = muster(folder, config) if config.tensor > 1 else None  # so that they load beside each other
     loaded = load(folder)
+    runner = None if world is None else TensorRunner(loaded.model, dtype_of(config.engine), world)
     weights = sha256(json.dumps(loaded.meta["files"], sort_keys=True).encode()).hexdigest()
-    return Engine(loaded.model, loaded.processor, config.engine, weights=weights).look()
+    return Engine(loaded.model, loaded.processor, config.engine, weights=weights, runner=runner).look()
 
 
 def load_answerer(folder: Path, config: ServeConfig) -> Engine | Fleet:
     """An engine, or with `serve.workers` as many processes that have one each, started and ready."""
-    if not config.workers:
+    if not config.workers and config.tensor == 1:
         return load_engine(folder, config)
-    return Fleet(folder, config).start()
+    return Fleet(folder, replace(config, workers=max(config.workers, 1))).start()

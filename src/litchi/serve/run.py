@@ -51,6 +51,8 @@ class ServeConfig:
     engine: EngineConfig = EngineConfig()
     workers: int = 0
     """Processes with an engine each, which may die without the door: 0 has one engine in the door's own process."""
+    tensor: int = 1
+    """Processes of a worker that share out every matrix between them; more than 1 makes at least one worker."""
     worker_patience: float = 120.0
     """Seconds after which a worker that has work and does not get on with it is replaced."""
     checkpoints: tuple[str, ...] = ()

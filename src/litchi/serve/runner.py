@@ -37,6 +37,27 @@ class Piece:
     rows: int = 0
     scores: bool = False
 
+    @property
+    def ends(self) -> list[int]:
+        """For each token the end of its span, or `stop` if that comes first: it reads all keys up to there."""
+        return span_stops(self.builder.spans, self.start, self.stop)
+
+
+class Laid(Protocol):
+    """As much of a piece as attention must know."""
+
+    @property
+    def start(self) -> int: ...
+
+    @property
+    def stop(self) -> int: ...
+
+    @property
+    def pages(self) -> Sequence[int]: ...
+
+    @property
+    def ends(self) -> list[int]: ...
+
 
 class Runner(Protocol):
     """Whoever computes a step."""
@@ -84,7 +105,7 @@ class TorchRunner:
     def run(self, pieces: Sequence[Piece], pages: Pages) -> list[Tensor | None]:
         batch = together(pieces, exact.ROWS if self.exact else 1)
         with torch.autocast(pages.keys.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            x_TD = self.model(batch, View(pages, pieces, steady=self.exact))
+            x_TD = self.read(batch, pieces, pages)
             ends = batch.cu_seqlens.tolist()[1:]
             last = [end - 1 for end, piece in zip(ends, pieces, strict=False) if piece.scores]
         scores = iter(self.logits(x_TD[last]) if last else ())
@@ -92,6 +113,10 @@ class TorchRunner:
         for end, piece in zip(ends, pieces, strict=False):
             found.append(next(scores) if piece.scores else x_TD[end - piece.rows : end] if piece.rows else None)
         return found
+
+    def read(self, batch: Batch, pieces: Sequence[Laid], pages: Pages) -> Tensor:
+        """Hidden states (T, D)."""
+        return self.model(batch, View(pages, pieces, steady=self.exact))
 
     @torch.no_grad()
     def logits(self, x_ND: Tensor) -> Tensor:
@@ -124,7 +149,7 @@ class NativeRunner:
         ends: list[int] = []
         for piece in pieces:
             slots += range(piece.start, piece.stop)
-            ends += span_stops(piece.builder.spans, piece.start, piece.stop)
+            ends += piece.ends
         most = max(len(piece.pages) for piece in pieces)
         tables = torch.tensor([[*piece.pages, *[0] * (most - len(piece.pages))] for piece in pieces], dtype=torch.int32)
         hidden_TD = self.trunk.run(
@@ -160,7 +185,7 @@ class NativeRunner:
 class View:
     """What the layers take for a cache: keys go to the pages of their documents, and queries find them there."""
 
-    def __init__(self, pages: Pages, pieces: Sequence[Piece], *, steady: bool) -> None:
+    def __init__(self, pages: Pages, pieces: Sequence[Laid], *, steady: bool) -> None:
         self.pages, self.pieces = pages, pieces
         self.keys = exact.KEYS if steady else pages.size
         size, places = pages.size, []
@@ -171,12 +196,12 @@ class View:
         self.tables = [self.table(piece) for piece in pieces]
         self.blocks = [exact.blocks_of(mask_of(piece)) if steady else self.whole(piece) for piece in pieces]
 
-    def whole(self, piece: Piece) -> list[exact.Block]:
+    def whole(self, piece: Laid) -> list[exact.Block]:
         """All queries at once, as the kernel likes them best."""
         mask = mask_of(piece)
         return [exact.Block(0, len(mask), F.pad(mask, (0, -mask.shape[1] % self.keys)))]
 
-    def table(self, piece: Piece) -> Tensor:
+    def table(self, piece: Laid) -> Tensor:
         """Pages of all keys, and the page of zeros until there are as many as the rule wants."""
         size = self.pages.size
         count = -(-(-(-piece.stop // self.keys) * self.keys) // size)
@@ -205,10 +230,9 @@ def attention(batch: Batch, cache: Any) -> Attend:
     return cache.attend if isinstance(cache, View) else exact.attention(batch, cache)
 
 
-def mask_of(piece: Piece) -> Tensor:
+def mask_of(piece: Laid) -> Tensor:
     """A query reads all keys up to the end of its own span: what is kept is clean."""
-    ends = torch.tensor(span_stops(piece.builder.spans, piece.start, piece.stop))
-    return torch.arange(piece.stop) < ends[:, None]
+    return torch.arange(piece.stop) < torch.tensor(piece.ends)[:, None]
 
 
 def span_stops(spans: list[int], start: int, stop: int) -> list[int]:

@@ -1,0 +1,154 @@
+"""One network over several ranks: each has a slice of every matrix and the keys of its own heads (tensor parallelism).
+
+The first rank has the engine. It tells the others what each step reads, as safetensors over their group, and they read
+the same beside it; nothing is unpickled. Parts are summed in one order whatever the number of rows, so that answers are
+exact; other numbers of ranks give other bits, and the runner's name says so.
+
+T tokens, D width, V vocabulary, N rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load, save
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from litchi.model import exact
+from litchi.model.network import Model
+from litchi.parallel import tensor
+from litchi.parallel.collectives import all_gather, tree_sum
+from litchi.parallel.mesh import World
+from litchi.schema.arrays import IGNORE
+from litchi.schema.sequence import Batch, Modality, Vectors
+from litchi.serve.pages import Pages
+from litchi.serve.runner import Laid, TorchRunner
+
+STOP, READ, SCORE = 0, 1, 2
+"""What the first rank asks of the others."""
+
+
+class TensorRunner(TorchRunner):
+    """The runner of the first rank. Raises BadInput, naming the size, for a network that does not divide."""
+
+    def __init__(self, model: Model, dtype: torch.dtype, world: World) -> None:
+        super().__init__(model, dtype, steady=True)
+        group = world.group("tensor")
+        assert group is not None
+        self.group: ProcessGroup = group
+        tensor.apply(model, world, product=exact.product, out=steady_sum)
+        self.name += f" over {group.size()} ranks"
+
+    def room(self, num_pages: int, size: int) -> tuple[Tensor, Tensor]:
+        keys, values = super().room(num_pages, size)
+        heads = keys.shape[2] // self.group.size()
+        return keys[:, :, :heads].contiguous(), values[:, :, :heads].contiguous()
+
+    def read(self, batch: Batch, pieces: Sequence[Laid], pages: Pages) -> Tensor:
+        self.tell(READ, step_of(batch, pieces))
+        return super().read(batch, pieces, pages)
+
+    @torch.no_grad()
+    def logits(self, x_ND: Tensor) -> Tensor:
+        self.tell(SCORE, {"x": x_ND.contiguous()})
+        return self.scores(x_ND)
+
+    def scores(self, x_ND: Tensor) -> Tensor:
+        """Each rank scores its own words."""
+        rows = x_ND if x_ND.dim() == 2 else x_ND[None]
+        return all_gather(super().logits(rows).T.contiguous(), self.group).T.reshape(*x_ND.shape[:-1], -1)
+
+    def tell(self, what: int, tensors: dict[str, Tensor]) -> None:
+        body = torch.frombuffer(bytearray(save(tensors) if tensors else b" "), dtype=torch.uint8)
+        dist.broadcast(torch.tensor([what, len(body)]), 0, group=self.group)
+        dist.broadcast(body, 0, group=self.group)
+
+    def dismiss(self) -> None:
+        """Let the other ranks end."""
+        self.tell(STOP, {})
+
+    # ---- the other ranks ----
+
+    @torch.no_grad()
+    def follow(self, keys: Tensor, values: Tensor) -> None:
+        """Read whatever the first rank reads, until it says that it is over."""
+        pages = Pages(keys, values, clear=False)
+        head = torch.zeros(2, dtype=torch.int64)
+        while True:
+            dist.broadcast(head, 0, group=self.group)
+            what, length = head.tolist()
+            body = torch.empty(length, dtype=torch.uint8)
+            dist.broadcast(body, 0, group=self.group)
+            if what == STOP:
+                return
+            told = load(body.numpy().tobytes())
+            if what == SCORE:
+                self.scores(told["x"])
+                continue
+            batch, seats = read_step(told)
+            for seat in seats:  # a page that is written from its beginning is new: nobody's keys stand in it
+                for at in range(-(-seat.start // pages.size) * pages.size, seat.stop, pages.size):
+                    page = seat.pages[at // pages.size]
+                    keys[:, page], values[:, page] = 0, 0
+            super().read(batch, seats, pages)
+
+
+def steady_sum(x: Tensor, group: ProcessGroup) -> Tensor:
+    """The sum of all ranks' parts, in the order of `tree_sum`. oracle: dist.all_reduce"""
+    return tree_sum(all_gather(x[None], group).unbind(0))
+
+
+# ---- a step as tensors ---------------------------------------------------------------------------------------------
+
+
+def step_of(batch: Batch, pieces: Sequence[Laid]) -> dict[str, Tensor]:
+    told = {name: getattr(batch, name).contiguous() for name in ("tokens", "positions", "spans", "docs", "cu_seqlens")}
+    most = max(len(piece.pages) for piece in pieces)
+    told["pages"] = torch.tensor([[*piece.pages, *[-1] * (most - len(piece.pages))] for piece in pieces])
+    told["bounds"] = torch.tensor([[piece.start, piece.stop] for piece in pieces])
+    told["ends"] = torch.tensor([end for piece in pieces for end in piece.ends])
+    for modality, v in batch.vectors.items():
+        told |= {f"{modality}.{f.name}": getattr(v, f.name).contiguous() for f in fields(Vectors)}
+    return told
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """What a rank that has no document knows of a piece."""
+
+    start: int
+    stop: int
+    pages: list[int]
+    ends: list[int]
+
+
+def read_step(told: dict[str, Tensor]) -> tuple[Batch, list[Seat]]:
+    length = len(told["tokens"])
+    vectors = {
+        Modality(name.removesuffix(".index")): Vectors(
+            *(told[name.removesuffix("index") + f.name] for f in fields(Vectors))
+        )
+        for name in sorted(told)
+        if name.endswith(".index")
+    }
+    batch = Batch(
+        tokens=told["tokens"],
+        positions=told["positions"],
+        spans=told["spans"],
+        docs=told["docs"],
+        cu_seqlens=told["cu_seqlens"],
+        labels=torch.full((length,), IGNORE),
+        weights=torch.zeros(length),
+        readable=torch.ones(length, dtype=torch.bool),
+        vectors=vectors,
+    )
+    seats, at = [], 0
+    for (start, stop), pages in zip(told["bounds"].tolist(), told["pages"].tolist(), strict=True):
+        ends = told["ends"][at : at + stop - start].tolist()
+        seats.append(Seat(start, stop, [page for page in pages if page >= 0], ends))
+        at += stop - start
+    return batch, seats

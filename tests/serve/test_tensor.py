@@ -1,0 +1,100 @@
+"""Two ranks answer as one engine that is exact: alone or beside others, and a rank that dies is a worker that dies."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from litchi.cli import find_checkpoint
+from litchi.config import BadInput
+from litchi.schema.digest import bits
+from litchi.schema.request import Request, SamplingParams
+from litchi.schema.sample import Action, Image, Role, Text
+from litchi.serve.engine import Engine
+from litchi.serve.fleet import Fleet
+from litchi.serve.loading import load_engine
+from litchi.serve.run import ServeConfig
+from litchi.serve.scheduler import EngineConfig
+from tests.serve.test_fleet import Heard, until
+
+CONFIG = ServeConfig(workers=1, tensor=2, engine=EngineConfig(path="torch", weights="float32", cache_tokens=4096))
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Fleet]:
+    fleet = Fleet(find_checkpoint("tiny"), CONFIG).start()
+    yield fleet
+    fleet.close()
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[Engine]:
+    engine = load_engine(find_checkpoint("tiny"), replace(CONFIG, tensor=1)).start()
+    yield engine
+    engine.close()
+
+
+def requests() -> list[Request]:
+    """Words, a picture, the next frame, an action, and an embedding."""
+    rng = random.Random(0)
+    noise = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    room = Image(pixels=noise.numpy())
+    params = SamplingParams(max_tokens=24, temperature=1.0, seed=5, logprobs=True, ignore_eos=True)
+    asked = Text(text="where is the red ball", role=Role.USER)
+    spoken = [
+        Request(parts=(asked,), want="text", params=replace(params, seed=rng.randrange(99), prompt_logprobs=1))
+        for _ in range(4)
+    ]
+    return [
+        *spoken,
+        Request(parts=(Text(text="a room with a green key", role=Role.USER),), want="image", params=params),
+        Request(parts=(room, Action.discrete(2, "minigrid")), want="frame", space="minigrid", params=params),
+        Request(parts=(asked, room), want="action", space="minigrid", params=params),
+        Request(parts=(asked,), want="embed"),
+    ]
+
+
+def test_answers_of_two_ranks_are_exact_and_near_those_of_one(pair: Fleet, alone: Engine) -> None:
+    assert pair.mode == "exact" and pair.origin is not None and "over 2 ranks" in pair.origin.runner
+    single = [pair.complete(request) for request in requests()]
+    together = [Heard() for _ in requests()]
+    for request, each in zip(requests(), together, strict=True):
+        pair.submit(request, each, stream=False)
+    for one, each, request in zip(single, together, requests(), strict=True):
+        [found] = each.wait()
+        assert each.error is None and bits(found) == bits(one)
+        mine = alone.complete(request)
+        if request.want == "embed":
+            assert torch.allclose(torch.tensor(one.vector), torch.tensor(mine.vector), atol=1e-5)
+        elif request.want == "text":
+            worth, own = ([scored.logprob for scored in told.prompt[1:]] for told in (one, mine))
+            assert torch.allclose(torch.tensor(worth), torch.tensor(own), atol=1e-4)
+
+
+def test_a_rank_that_is_killed_ends_its_worker_and_another_pair_goes_on(pair: Fleet) -> None:
+    request = replace(requests()[0], params=SamplingParams(max_tokens=120, ignore_eos=True, logprobs=True))
+    whole = pair.complete(request)
+    heard = Heard()
+    ask = pair.submit(request, heard, stream=True)
+    until(lambda: ask.heard > 3)
+    [member] = pair.members
+    told = subprocess.run(["pgrep", "-P", str(member.process.pid)], capture_output=True, text=True, check=True)
+    [rank] = [int(word) for word in told.stdout.split()]
+    os.kill(rank, signal.SIGKILL)
+    heard.wait()
+    assert heard.error is None and ask.deaths == 1
+    assert "".join(piece.text for piece in heard.pieces) == whole.text
+
+
+def test_what_does_not_divide_is_refused(tmp_path) -> None:
+    with pytest.raises(BadInput, match="over 3 ranks"):
+        Fleet(find_checkpoint("tiny"), replace(CONFIG, tensor=3)).start()
+    with pytest.raises(BadInput, match="path in PyTorch"):
+        Fleet(find_checkpoint("tiny"), replace(CONFIG, engine=EngineConfig(weights="int8"))).start()
