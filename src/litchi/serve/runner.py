@@ -16,7 +16,9 @@ from torch import Tensor
 
 from litchi.model import exact
 from litchi.model.attention import Attend
+from litchi.model.lowrank import Adapters
 from litchi.model.native import Trunk
+from litchi.model.native_adapters import PackedAdapters
 from litchi.model.network import Model
 from litchi.model.packing import Format
 from litchi.model.rope import rotations
@@ -36,6 +38,7 @@ class Piece:
     pages: Sequence[int]
     rows: int = 0
     scores: bool = False
+    adapter: str = ""
 
 
 class Runner(Protocol):
@@ -66,9 +69,12 @@ class TorchRunner:
 
     clear = True
 
-    def __init__(self, model: Model, dtype: torch.dtype, *, steady: bool = True) -> None:
+    def __init__(
+        self, model: Model, dtype: torch.dtype, *, steady: bool = True, adapters: Adapters | None = None
+    ) -> None:
         """`dtype` is what matrices are multiplied in."""
         self.model, self.dtype, self.exact = model.eval(), dtype, steady
+        self.adapters = adapters or Adapters(model)
         if steady:
             exact.apply(model)
         model.attention = attention
@@ -83,7 +89,11 @@ class TorchRunner:
     @torch.no_grad()
     def run(self, pieces: Sequence[Piece], pages: Pages) -> list[Tensor | None]:
         batch = together(pieces, exact.ROWS if self.exact else 1)
-        with torch.autocast(pages.keys.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+        texts = [(piece.adapter, piece.stop - piece.start) for piece in pieces]
+        with (
+            torch.autocast(pages.keys.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16),
+            self.adapters.reading(texts),
+        ):
             x_TD = self.model(batch, View(pages, pieces, steady=self.exact))
             ends = batch.cu_seqlens.tolist()[1:]
             last = [end - 1 for end, piece in zip(ends, pieces, strict=False) if piece.scores]
@@ -105,9 +115,12 @@ class NativeRunner:
     exact = True
     clear = False
 
-    def __init__(self, model: Model, dtype: torch.dtype, weights: Format) -> None:
+    def __init__(
+        self, model: Model, dtype: torch.dtype, weights: Format, *, adapters: Adapters | None = None
+    ) -> None:
         """`dtype` is that of keys and values. Raises BadInput for a network that the path does not know."""
         self.trunk = Trunk(model, dtype, weights)
+        self.packed = PackedAdapters(adapters.known if adapters else {}, model.config, weights)
         self.model = exact.apply(model.eval())
         self.scored = torch.empty(0, model.config.vocab_size)
         self.name = f"{Path(self.trunk.lib._name).stem} {weights}"
@@ -136,6 +149,7 @@ class NativeRunner:
             torch.tensor(slots, dtype=torch.int32),
             torch.tensor(ends, dtype=torch.int32),
             tables,
+            self.packed.of([piece.adapter for piece in pieces]),
         )
         stops = batch.cu_seqlens.tolist()[1:]
         last = [stop - 1 for stop, piece in zip(stops, pieces, strict=True) if piece.scores]
