@@ -143,7 +143,10 @@ TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]]
     ),
     "a head": (lambda t: t | {"base_model.model.lm_head.lora_A.weight": torch.ones(4, 96)}, "lm_head"),
     "magnitudes": (lambda t: t | {f"{Q}.lora_magnitude_vector": torch.ones(192)}, "lora_magnitude_vector"),
-    "an embedding": (lambda t: t | {"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(4, 75)}, "embed"),
+    "an embedding": (
+        lambda t: t | {"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(4, 75)},
+        "embed",
+    ),
     "another width": (lambda t: t | {f"{Q}.lora_A.weight": torch.ones(4, 64)}, "is [4, 64], and rank 4 on this"),
     "another order": (lambda t: t | {f"{Q}.lora_B.weight": torch.ones(4, 192)}, "is [4, 192], and rank 4 on this"),
     "three dimensions": (lambda t: t | {f"{Q}.lora_A.weight": torch.ones(4, 96, 1)}, "is [4, 96, 1]"),
@@ -166,7 +169,9 @@ def test_tensors_that_do_not_fit_the_network_are_refused_by_name(tmp_path: Path,
     assert fault in str(refused.value)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"r": 4, "r": 5}', "[" * 100_000, '{"peft_type": NaN}', " " * (2 << 20)])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"r": 4, "r": 5}', "[" * 100_000, '{"peft_type": NaN}', " " * (2 << 20)]
+)
 def test_a_configuration_that_is_no_object_is_refused(tmp_path: Path, text: str) -> None:
     net = network(SMALL)
     (lora_folder(tmp_path, net) / "adapter_config.json").write_text(text)
@@ -210,7 +215,9 @@ def test_narrow_products_keep_the_rule_of_rows(dtype: torch.dtype) -> None:
     assert not exact.broken(dtype, shapes)
 
 
-def native_hidden(trunk: Subject, packed: PackedAdapters, texts: list[tuple[str, int, int]], seed: int = 0) -> list[Tensor]:
+def native_hidden(
+    trunk: Subject, packed: PackedAdapters, texts: list[tuple[str, int, int]], seed: int = 0
+) -> list[Tensor]:
     """Hidden states of texts that are read in one call, each by (adapter, length, seed of its tokens)."""
     c, page = trunk.config, 32
     documents = [document(length, which, span=(5, 9)) for _, length, which in texts]
@@ -220,6 +227,7 @@ def native_hidden(trunk: Subject, packed: PackedAdapters, texts: list[tuple[str,
     tables = order.view(len(texts), each).int().contiguous()
     rotation = rotations(torch.cat([d.positions for d in documents]), c.head_width, c.theta, c.scaling, c.sections)
     lengths = [len(d) for d in documents]
+    trunk.adapters = packed.of([name for name, *_ in texts])
     hidden = trunk.run(
         trunk.table[torch.cat([d.tokens for d in documents])],
         rotation,
@@ -229,7 +237,6 @@ def native_hidden(trunk: Subject, packed: PackedAdapters, texts: list[tuple[str,
         torch.cat([torch.arange(n) for n in lengths]).int(),
         torch.cat([ends(d) for d in documents]).int(),
         tables,
-        packed.of([name for name, *_ in texts]),
     )
     return list(hidden.split(lengths))
 
@@ -256,7 +263,9 @@ def test_the_native_path_is_the_same_whoever_is_beside_it(tmp_path: Path, weight
 def test_the_native_path_adds_what_the_network_adds(tmp_path: Path) -> None:
     net = network(SMALL)
     one = read(lora_folder(tmp_path / "one", net, rank=5), net, "one")
-    two = read(lora_folder(tmp_path / "two", net, rank=16, seed=1, targets=("k_proj", "down_proj", "up_proj")), net, "two")
+    two = read(
+        lora_folder(tmp_path / "two", net, rank=16, seed=1, targets=("k_proj", "down_proj", "up_proj")), net, "two"
+    )
     adapters = Adapters(net, [one, two])
     found = native_hidden(
         Subject(net, torch.float32, "float32"),

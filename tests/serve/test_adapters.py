@@ -16,7 +16,7 @@ import httpx
 import pytest
 import torch
 
-from litchi.cli import find_checkpoint, load_engine, main
+from litchi.cli import find_checkpoint, main
 from litchi.config import BadInput
 from litchi.model import exact
 from litchi.model.adapters import Adapter, read_adapter
@@ -31,6 +31,7 @@ from litchi.schema.processor import Processor
 from litchi.schema.request import Completion, Request, SamplingParams
 from litchi.schema.sample import Role, Text
 from litchi.serve.engine import Engine
+from litchi.serve.loading import load_engine
 from litchi.serve.run import ServeConfig
 from litchi.serve.runner import NativeRunner
 from litchi.serve.scheduler import EngineConfig
@@ -139,7 +140,9 @@ def test_nor_does_one_on_the_native_path(weights: Format) -> None:
     assert gave_way
 
 
-@pytest.mark.parametrize("path", ["torch", pytest.param("native", marks=pytest.mark.skipif(not compiler(), reason="g++"))])
+@pytest.mark.parametrize(
+    "path", ["torch", pytest.param("native", marks=pytest.mark.skipif(not compiler(), reason="g++"))]
+)
 def test_both_paths_say_what_the_merged_network_says(path: str) -> None:
     """In float32, but for the order of sums: the likelihoods of a prompt, which is read in pieces beside others."""
     p, net, adapters = network()
@@ -181,7 +184,10 @@ def test_what_was_read_with_one_adapter_is_not_found_by_another() -> None:
 def test_an_adapter_that_is_not_here_is_refused() -> None:
     p, net, adapters = network()
     asked = Request(parts=(Text(text="where", role=Role.USER),), adapter="tow")
-    for sampler in (Engine(net, p, EngineConfig(path="torch"), adapters=adapters), Generator(net, p, adapters=adapters)):
+    for sampler in (
+        Engine(net, p, EngineConfig(path="torch"), adapters=adapters),
+        Generator(net, p, adapters=adapters),
+    ):
         with pytest.raises(BadInput, match="no adapter 'tow' here: did you mean 'two'"):
             list(sampler.stream(asked))
 
@@ -190,3 +196,125 @@ def test_a_request_without_an_adapter_has_the_digest_that_it_had() -> None:
     asked = Request(parts=())
     assert digest(asked) != digest(replace(asked, adapter="x"))
     assert digest(asked) == "27c1f9428b845b45f74978a1e407739d56da53b9323a9586348eced2ca04a848"
+
+
+# ---- through the door ---------------------------------------------------------------------------------------------
+
+CHAT = {"messages": [{"role": "user", "content": "where is the red ball"}], "max_tokens": 12}
+ASKED = {
+    "chat/completions": CHAT,
+    "completions": {"prompt": "where is the red ball", "max_tokens": 12},
+    "responses": {"input": "where is the red ball", "max_output_tokens": 12},
+    "embeddings": {"input": "where is the red ball"},
+}
+
+
+@pytest.fixture(scope="module")
+def poets(tmp_path_factory) -> list[str]:
+    """Settings of two adapters of the shipped model."""
+    net, root = load(find_checkpoint("tiny"), check=False).model, tmp_path_factory.mktemp("adapters")
+    lora_folder(root / "one", net, rank=3)
+    lora_folder(root / "two", net, rank=8, seed=1, targets=("q_proj", "up_proj"))
+    return [f"poet={root / 'one'}", f"lawyer={root / 'two'}"]
+
+
+def engine_of(settings: list[str]) -> Engine:
+    return load_engine(find_checkpoint("tiny"), ServeConfig(adapters=tuple(settings)))
+
+
+@pytest.fixture(scope="module")
+def door(served_by, poets) -> Iterator[str]:
+    with served_by(engine_of(poets), adapters=tuple(poets)) as served:
+        yield f"{served.url}/v1"
+
+
+def post(url: str, path: str, body: dict) -> dict:
+    answer = httpx.post(f"{url}/{path}", json=body, timeout=60)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def test_each_adapter_is_a_model_of_its_own(door: str) -> None:
+    openai = pytest.importorskip("openai")
+    with openai.OpenAI(base_url=door, api_key="none", max_retries=0) as client:
+        told = client.models.list().data
+        assert [each.id for each in told] == ["tiny", "poet", "lawyer"]
+        assert [getattr(each, "parent", None) for each in told] == [None, "tiny", "tiny"]
+        assert client.models.retrieve("poet").id == "poet"
+        said = {}
+        for name in ("tiny", "poet", "lawyer"):
+            answer = client.chat.completions.create(model=name, **CHAT, logprobs=True)
+            assert answer.model == name
+            said[name] = answer.choices[0].logprobs.content[0].logprob
+        assert len(set(said.values())) == 3
+        with pytest.raises(
+            openai.NotFoundError, match="no model 'bard' here; this server has 'tiny', 'poet', 'lawyer'"
+        ):
+            client.chat.completions.create(model="bard", **CHAT)
+
+
+@pytest.mark.parametrize("path", ASKED)
+def test_every_endpoint_takes_one_and_tells_it(door: str, path: str) -> None:
+    bare = post(door, path, ASKED[path])
+    assert bare["model"] == "tiny"
+    told = [post(door, path, ASKED[path] | {"model": name}) for name in ("tiny", "poet", "lawyer")]
+    assert [each["model"] for each in told] == ["tiny", "poet", "lawyer"]
+    if path == "embeddings":
+        vectors = [tuple(each["data"][0]["embedding"]) for each in (bare, *told)]
+        assert vectors[0] == vectors[1] and len(set(vectors)) == 3
+    assert httpx.post(f"{door}/{path}", json=ASKED[path] | {"model": "bard"}).status_code == 404
+    receipt = httpx.get(f"{door}/receipts/{told[1]['id']}").json()
+    assert receipt["model"] == "poet" and list(receipt["origin"]["adapters"]) == ["poet"]
+    assert receipt["requests"][0]["adapter"] == "poet"
+
+
+def test_a_stream_names_it_as_well(door: str) -> None:
+    for path in ("chat/completions", "responses"):
+        said = httpx.post(f"{door}/{path}", json=ASKED[path] | {"model": "poet", "stream": True}, timeout=60).text
+        lines = [json.loads(line[6:]) for line in said.splitlines() if line.startswith("data: {")]
+        told = {each.get("response", each).get("model") for each in lines}
+        assert told - {None} == {"poet"}
+    ids = httpx.post(f"{door.removesuffix('/v1')}/tokenize", json={"model": "poet", "prompt": "a ball"}).json()[
+        "tokens"
+    ]
+    assert ids
+
+
+def test_a_client_of_ours_names_it_too(door: str) -> None:
+    from litchi.client import HttpSampler
+
+    params = SamplingParams(max_tokens=4, logprobs=True)
+    asked = Request(parts=(Text(text="where is the red ball", role=Role.USER),), params=params)
+    sampler = HttpSampler(door)
+    bare, poet = (sampler.complete(replace(asked, adapter=name)) for name in ("", "poet"))
+    assert bare.logprobs != poet.logprobs
+
+
+def test_a_receipt_is_replayed_with_its_adapter_and_with_no_other(served_by, poets, tmp_path: Path) -> None:
+    kept, net = str(tmp_path / "receipts.jsonl"), load(find_checkpoint("tiny"), check=False).model
+    hot = CHAT | {"temperature": 1.0, "logprobs": True}
+    with served_by(engine_of(poets[:1]), adapters=tuple(poets[:1]), receipts=kept) as served:
+        bare, poet = (post(f"{served.url}/v1", "chat/completions", hot | {"model": n})["id"] for n in ("tiny", "poet"))
+    other = [f"poet={lora_folder(tmp_path / 'other', net, rank=3, seed=9)}"]
+    for settings, status in ((poets, 200), (other, 409), ([], 409)):
+        with served_by(engine_of(settings), adapters=tuple(settings), receipts=kept) as served:
+            assert post(f"{served.url}/v1", f"receipts/{bare}/replay", {})["same"]
+            again = httpx.post(f"{served.url}/v1/receipts/{poet}/replay", timeout=60)
+            assert again.status_code == status, again.text
+            assert again.json()["same"] if status == 200 else "adapter poet" in again.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "fault"),
+    [
+        ("poet", "is not NAME=FOLDER"),
+        ("=runs/poet", "is not NAME=FOLDER"),
+        ("a/b=runs/poet", "no slash"),
+        ("tiny=runs/poet", "the name 'tiny' is taken"),
+        ("poet=a,poet=b", "the name 'poet' is taken"),
+        ("poet=runs/nowhere", "adapter_config.json is missing"),
+    ],
+)
+def test_a_setting_that_names_no_adapter_ends_the_command_in_one_line(capsys, setting: str, fault: str) -> None:
+    assert main(["serve", "tiny", "--set", f"serve.adapters={setting}"]) == 2
+    assert fault in capsys.readouterr().err

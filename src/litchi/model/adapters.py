@@ -46,7 +46,9 @@ ENDS = {".lora_A.weight": "down", ".lora_B.weight": "up"}
 PLAIN = re.compile(r"[\w.]{1,200}")
 """A name within a pattern: PEFT takes regular expressions, which a stranger may make endless."""
 
-READ = frozenset("peft_type r lora_alpha use_rslora rank_pattern alpha_pattern target_modules init_lora_weights".split())
+READ = frozenset(
+    "peft_type r lora_alpha use_rslora rank_pattern alpha_pattern target_modules init_lora_weights".split()
+)
 NO_BEARING = frozenset(
     "auto_mapping base_model_name_or_path revision inference_mode lora_dropout task_type peft_version exclude_modules "
     "layers_to_transform layers_pattern megatron_core megatron_config ensure_weight_tying eva_config corda_config "
@@ -108,7 +110,7 @@ class Settings:
 
 
 def read_adapter(folder: Path, name: str, model: Model) -> Adapter:
-    """Raises BadInput, which names the file, the fault and the mend, for what does not fit the network or is not LoRA."""
+    """Raises BadInput, naming file, fault and mend, for what does not fit the network or is not LoRA."""
     settings, matrices = read_settings(folder / CONFIG), matrices_of(model)
     if not (folder / WEIGHTS).is_file() and (folder / PICKLED).is_file():
         raise BadInput(f"{folder} has only {PICKLED}: {PICKLE_MEND}")
@@ -197,7 +199,9 @@ def read_settings(path: Path) -> Settings:
     """Raises BadInput for whatever is not LoRA as it is computed here."""
     said = read_object(path)
     if said.get("peft_type") != "LORA":
-        raise BadInput(f"{path}: peft_type is {shown(said.get('peft_type'))}, and only LORA is read: train a LoRA adapter")
+        raise BadInput(
+            f"{path}: peft_type is {shown(said.get('peft_type'))}, and only LORA is read: train a LoRA adapter"
+        )
     if said.pop("bias", "none") != "none":
         refuse(path, "bias", "not none")
     for name in sorted(said.keys() - READ - NO_BEARING):
@@ -243,7 +247,9 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def rank_of(path: Path, name: str, value: Any) -> int:
     if type(value) is not int or not 1 <= value <= MAX_RANK:
-        raise BadInput(f"{path}: the rank {show(name)} must be 1 to {MAX_RANK}, and is {shown(value)}: train a smaller one")
+        raise BadInput(
+            f"{path}: the rank {show(name)} must be 1 to {MAX_RANK}, and is {shown(value)}: train a smaller one"
+        )
     return value
 
 

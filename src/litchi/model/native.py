@@ -145,6 +145,8 @@ class Trunk:
         self.threads = threads or torch.get_num_threads()
         self.lib = library(flags)
         self.arena = Arena(self.lib)
+        self.adapters: Chosen | None = None
+        """Those of the sequences of the next call, if any has one."""
         self.held: list[Tensor] = []
         """What the pointers below point to."""
         self.layers = (CLayer * c.num_layers)()
@@ -186,14 +188,13 @@ class Trunk:
         slot: Int[Tensor, "T"],
         end: Int[Tensor, "T"],
         tables: Int[Tensor, "S max_pages"],
-        adapters: Chosen | None = None,
     ) -> Float[Tensor, "T D"]:
         """Hidden states before the last norm, fp32. Keys and values of all tokens are written to their pages.
 
         Token t is number `slot[t]` of sequence `sequence[t]`, whose pages `tables` names, and reads its keys
         [0, end[t]); end > slot, and beyond slot + 1 where tokens of a span read each other: a layer writes the keys of
-        all tokens of the call before any is read. All is contiguous; x and rotation fp32, indices int32. `adapters` are
-        those of the sequences, if any has one.
+        all tokens of the call before any is read. All is contiguous; x and rotation fp32, indices int32.
+        `self.adapters` says which sequence reads with which.
         Raises BadInput if an index lies outside of what it indexes.
         """
         cos, sin = rotation
@@ -208,7 +209,7 @@ class Trunk:
         call.num_pages, call.page, call.threads = keys.shape[1], keys.shape[3], self.threads
         call.x, call.cos, call.sin, call.hidden = x_TD.data_ptr(), cos.data_ptr(), sin.data_ptr(), hidden_TD.data_ptr()
         call.keys, call.values, call.tables = keys.data_ptr(), values.data_ptr(), tables.data_ptr()
-        call.adapters, call.widest = (None, 0) if adapters is None else (adapters.at, adapters.widest)
+        call.adapters, call.widest = (None, 0) if self.adapters is None else self.adapters.given
         call.sequence, call.slot, call.end = sequence.data_ptr(), slot.data_ptr(), end.data_ptr()
         self.reserve(self.lib.litchi_room(self.at_network, self.at_call))
         call.room = self.room.data_ptr()

@@ -41,8 +41,9 @@ class Chosen:
     """The largest rank of a product, its matrices together."""
 
     @property
-    def at(self) -> int:
-        return ctypes.addressof(self.pointers)
+    def given(self) -> tuple[int, int]:
+        """What the C++ is told."""
+        return ctypes.addressof(self.pointers), self.widest
 
 
 class PackedAdapters:
@@ -90,7 +91,9 @@ class PackedAdapters:
             if update is not None:
                 panels[-1] = self.panels(update, first)
                 first += len(update.down)
-        ordered = [panel for pair in zip(*panels, strict=True) for panel in pair] if len(panels) == 2 else sum(panels, [])
+        ordered = (
+            [panel for pair in zip(*panels, strict=True) for panel in pair] if len(panels) == 2 else sum(panels, [])
+        )
         array = (CWidening * len(ordered))(*ordered)
         self.held.append(array)
         kind = KINDS["float32" if self.dtype == torch.float32 else "bfloat16"]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from litchi.model.weights import load
 from litchi.serve.engine import Engine
 from litchi.serve.fleet import Fleet
+from litchi.serve.models import load_adapters
 
 if TYPE_CHECKING:
     from litchi.serve.run import ServeConfig
@@ -19,7 +20,8 @@ def load_engine(folder: Path, config: ServeConfig) -> Engine:
     """An engine in this process, which is started with the server. Raises BadInput for a folder that is not whole."""
     loaded = load(folder)
     weights = sha256(json.dumps(loaded.meta["files"], sort_keys=True).encode()).hexdigest()
-    return Engine(loaded.model, loaded.processor, config.engine, weights=weights).look()
+    adapters = load_adapters(loaded.model, config.model, config.adapters)
+    return Engine(loaded.model, loaded.processor, config.engine, weights=weights, adapters=adapters).look()
 
 
 def load_answerer(folder: Path, config: ServeConfig) -> Engine | Fleet:

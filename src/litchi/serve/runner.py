@@ -115,9 +115,7 @@ class NativeRunner:
     exact = True
     clear = False
 
-    def __init__(
-        self, model: Model, dtype: torch.dtype, weights: Format, *, adapters: Adapters | None = None
-    ) -> None:
+    def __init__(self, model: Model, dtype: torch.dtype, weights: Format, *, adapters: Adapters | None = None) -> None:
         """`dtype` is that of keys and values. Raises BadInput for a network that the path does not know."""
         self.trunk = Trunk(model, dtype, weights)
         self.packed = PackedAdapters(adapters.known if adapters else {}, model.config, weights)
@@ -140,6 +138,7 @@ class NativeRunner:
             ends += span_stops(piece.builder.spans, piece.start, piece.stop)
         most = max(len(piece.pages) for piece in pieces)
         tables = torch.tensor([[*piece.pages, *[0] * (most - len(piece.pages))] for piece in pieces], dtype=torch.int32)
+        self.trunk.adapters = self.packed.of([piece.adapter for piece in pieces])
         hidden_TD = self.trunk.run(
             x_TD.contiguous(),
             rotation,
@@ -149,7 +148,6 @@ class NativeRunner:
             torch.tensor(slots, dtype=torch.int32),
             torch.tensor(ends, dtype=torch.int32),
             tables,
-            self.packed.of([piece.adapter for piece in pieces]),
         )
         stops = batch.cu_seqlens.tolist()[1:]
         last = [stop - 1 for stop, piece in zip(stops, pieces, strict=True) if piece.scores]
