@@ -249,7 +249,7 @@ def test_the_native_path_is_the_same_whoever_is_beside_it(tmp_path: Path, weight
     one = read(lora_folder(tmp_path / "one", net, rank=3), net, "one")
     two = read(lora_folder(tmp_path / "two", net, rank=16, seed=1, targets=("q_proj", "v_proj", "up_proj")), net, "two")
     trunk = Subject(net, torch.float32, weights, threads=2, flags=flags)
-    packed, none = (PackedAdapters(k, net.config, weights) for k in ({"one": one, "two": two}, {}))
+    packed, none = (PackedAdapters(k, net.config, weights, trunk.arena) for k in ({"one": one, "two": two}, {}))
     texts = [("one", 40, 1), ("", 40, 1), ("two", 40, 1), ("one", 13, 2), ("", 1, 3), ("two", 70, 3)]
     together = native_hidden(trunk, packed, texts, seed=2)
     for text, rows in zip(texts, together, strict=True):
@@ -267,11 +267,9 @@ def test_the_native_path_adds_what_the_network_adds(tmp_path: Path) -> None:
         lora_folder(tmp_path / "two", net, rank=16, seed=1, targets=("k_proj", "down_proj", "up_proj")), net, "two"
     )
     adapters = Adapters(net, [one, two])
-    found = native_hidden(
-        Subject(net, torch.float32, "float32"),
-        PackedAdapters(adapters.known, net.config, "float32"),
-        [("one", 40, 1), ("two", 40, 1), ("", 40, 1)],
-    )
+    trunk = Subject(net, torch.float32, "float32")
+    packed = PackedAdapters(adapters.known, net.config, "float32", trunk.arena)
+    found = native_hidden(trunk, packed, [("one", 40, 1), ("two", 40, 1), ("", 40, 1)])
     for name, hidden in zip(("one", "two", ""), found, strict=True):
         with torch.no_grad(), adapters.whole(name):
             expected = net(pack([document(40, 1, span=(5, 9))]))

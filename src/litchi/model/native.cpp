@@ -179,8 +179,8 @@ void fold(const Job& job, long chunk, int width, Part all_before, Part part) {
 
 struct Room {  // what a call needs beside its arguments
   Rows normed, seen, inner;
-  float *qkv, *gates, *parts, *narrowed;
-  word* query;
+  float *qkv, *gates, *parts;
+  word *query, *narrowed, *row_words;
   int *first, *count, runs = 0;
   long bytes;
 
@@ -195,7 +195,9 @@ struct Room {  // what a call needs beside its arguments
     gates = take<float>(at, (long)threads * tokens * BLOCK);
     query = take<word>(at, (long)tokens * n.heads * n.head_width);
     parts = take<float>(at, (4 * threads * chunks + threads * 2) * Part::size(n));
-    narrowed = take<float>(at, (long)tokens * c.widest);
+    long widest_row = std::max({n.width, n.heads * n.head_width, n.mlp_width});
+    narrowed = take<word>(at, c.adapters ? tokens * Lora::row_bytes(c.widest) / 4 : 0);
+    row_words = take<word>(at, c.adapters ? threads * widest_row / 2 : 0);
     first = take<int>(at, tokens), count = take<int>(at, tokens);
     bytes = at - base;
   }
@@ -303,7 +305,8 @@ struct Forward {
     long T = c.tokens, D = n.width, heads = n.heads + 2 * n.kv_heads;
     Range rows = thread.share(T);
     std::copy(c.x + rows.first * D, c.x + rows.last * D, c.hidden + rows.first * D);
-    Lora lora{c.adapters, c.sequence, room.narrowed, c.widest};
+    long row_words = std::max({n.width, n.heads * n.head_width, n.mlp_width}) / 2;
+    Lora lora{c.adapters, c.sequence, room.narrowed, room.row_words + thread.index * row_words, c.widest};
     auto add = [&](long row, int panel, float* o) {
       lora.widen(row, panel, o);
       float* to = c.hidden + row * D + panel * BLOCK;

@@ -11,6 +11,8 @@ import ctypes
 from collections.abc import Mapping, Sequence
 from ctypes import Structure, c_int32, c_void_p
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +20,10 @@ from torch import Tensor
 
 from litchi.model.adapters import Adapter, Update
 from litchi.model.network import ModelConfig
-from litchi.model.packing import BLOCK, KINDS, Format
+from litchi.model.packing import BLOCK, KINDS, Format, pack
 
 SUMS = 4
-"""Sums that the C++ makes at once: ranks are filled up to a multiple with zeros."""
+"""Ranks that the C++ sums at once: those of each matrix are filled up to a multiple with zeros."""
 
 
 class CWidening(Structure):
@@ -46,12 +48,20 @@ class Chosen:
         return ctypes.addressof(self.pointers), self.widest
 
 
+class Room(Protocol):
+    """Memory that gives bytes at a cache line, as `native.Arena` does."""
+
+    def take(self, size: int) -> Tensor: ...
+
+
 class PackedAdapters:
     """Adapters of a network, packed once."""
 
-    def __init__(self, adapters: Mapping[str, Adapter], c: ModelConfig, weights: Format) -> None:
+    def __init__(self, adapters: Mapping[str, Adapter], c: ModelConfig, weights: Format, arena: Room) -> None:
         """Their weights are fp32 where the network's are, and bf16 beside all others."""
-        self.config, self.dtype = c, torch.float32 if weights == "float32" else torch.bfloat16
+        self.config, self.arena = c, arena
+        self.form: Format = "float32" if weights == "float32" else "bfloat16"
+        self.dtype = torch.float32 if weights == "float32" else torch.bfloat16
         self.held: list[object] = []
         """What the pointers point to."""
         self.widest = SUMS
@@ -79,36 +89,40 @@ class PackedAdapters:
 
     def site(self, updates: Sequence[Update | None], widths: Sequence[int]) -> CUpdate:
         """Of matrices that are one product: those of attention one after another, gate and up panel by panel."""
-        there = [update for update in updates if update is not None]
-        if not there:
+        if not any(updates):
             return CUpdate()
-        down = torch.cat([update.down for update in there])
-        down = F.pad(down, (0, 0, 0, -len(down) % SUMS))
+        filled = [None if update is None else fill(update) for update in updates]
+        down = torch.cat([update.down for update in filled if update is not None])
         self.widest = max(self.widest, len(down))
         first, panels = 0, []
-        for update, width in zip(updates, widths, strict=True):
-            panels.append([CWidening(None, 0, 0)] * (width // BLOCK))
-            if update is not None:
-                panels[-1] = self.panels(update, first)
-                first += len(update.down)
+        for update, width in zip(filled, widths, strict=True):
+            rank = 0 if update is None else len(update.down)
+            parts = [None] * (width // BLOCK) if update is None else list(pack(update.up, self.form))
+            panels.append([(part, first, rank) for part in parts])
+            first += rank
         ordered = (
             [panel for pair in zip(*panels, strict=True) for panel in pair] if len(panels) == 2 else sum(panels, [])
         )
-        array = (CWidening * len(ordered))(*ordered)
+        each = down.to(self.dtype).unflatten(0, (-1, SUMS)).unflatten(2, (-1, 64 // self.dtype.itemsize))
+        at = self.hold([each.transpose(1, 2), *(part for part, *_ in ordered if part is not None)])
+        ups = iter(at[1:])
+        array = (CWidening * len(ordered))(*(CWidening(next(ups) if r else None, f, r) for _, f, r in ordered))
         self.held.append(array)
-        kind = KINDS["float32" if self.dtype == torch.float32 else "bfloat16"]
-        return CUpdate(self.hold(down), ctypes.addressof(array), len(down), kind)
+        return CUpdate(at[0], ctypes.addressof(array), len(down), KINDS[self.form])
 
-    def panels(self, update: Update, first: int) -> list[CWidening]:
-        rank = len(update.down)
-        at = self.hold(update.up.unflatten(0, (-1, BLOCK)).mT)
-        size = rank * BLOCK * self.dtype.itemsize
-        return [CWidening(at + index * size, first, rank) for index in range(len(update.up) // BLOCK)]
+    def hold(self, pieces: Sequence[Tensor]) -> list[int]:
+        """Where pieces lie, one behind the other."""
+        whole = torch.cat([piece.flatten() for piece in pieces]).to(self.dtype)
+        room = self.arena.take(whole.nbytes).copy_(whole.view(torch.uint8))
+        self.held.append(room)
+        sizes = [piece.numel() * self.dtype.itemsize for piece in pieces]
+        return [room.data_ptr() + sum_ for sum_ in accumulate([0, *sizes[:-1]])]
 
-    def hold(self, weight: Tensor) -> int:
-        kept = weight.to(self.dtype).contiguous().clone()
-        self.held.append(kept)
-        return kept.data_ptr()
+
+def fill(update: Update) -> Update:
+    """With zeros, up to a rank that the C++ sums at once."""
+    missing = -len(update.down) % SUMS
+    return Update(F.pad(update.down, (0, 0, 0, missing)), F.pad(update.up, (0, missing)))
 
 
 SITES = (

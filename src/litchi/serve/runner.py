@@ -118,7 +118,7 @@ class NativeRunner:
     def __init__(self, model: Model, dtype: torch.dtype, weights: Format, *, adapters: Adapters | None = None) -> None:
         """`dtype` is that of keys and values. Raises BadInput for a network that the path does not know."""
         self.trunk = Trunk(model, dtype, weights)
-        self.packed = PackedAdapters(adapters.known if adapters else {}, model.config, weights)
+        self.packed = PackedAdapters(adapters.known if adapters else {}, model.config, weights, self.trunk.arena)
         self.model = exact.apply(model.eval())
         self.scored = torch.empty(0, model.config.vocab_size)
         self.name = f"{Path(self.trunk.lib._name).stem} {weights}"
