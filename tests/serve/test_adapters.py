@@ -40,7 +40,7 @@ from tests.model.lora_folders import lora_folder
 from tests.serve.test_engine import Alone, Answer, play, request, same
 
 NAMES = ("", "one", "two")
-SCHEDULES = 8
+SCHEDULES = 5
 
 
 def drawn(net: Model, name: str, **said: object) -> Adapter:
