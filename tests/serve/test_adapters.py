@@ -40,7 +40,7 @@ from tests.model.lora_folders import lora_folder
 from tests.serve.test_engine import Alone, Answer, play, request, same
 
 NAMES = ("", "one", "two")
-SCHEDULES = 5
+SCHEDULES = 6
 
 
 def drawn(net: Model, name: str, **said: object) -> Adapter:
@@ -62,7 +62,7 @@ def shelf(net: Model, seed: int = 0) -> Adapters:
 
 def settings(rng: random.Random, **more: object) -> EngineConfig:
     return EngineConfig(
-        max_running=rng.choice((1, 6, 16)),
+        max_running=rng.choice((4, 6, 16)),
         step_tokens=rng.choice((1, 5, 17, 64, 512)),
         page=rng.choice((32, 64)),
         cache_tokens=rng.choice((128, 128, 128, 2048)),
@@ -190,6 +190,20 @@ def test_an_adapter_that_is_not_here_is_refused() -> None:
     ):
         with pytest.raises(BadInput, match="no adapter 'tow' here: did you mean 'two'"):
             list(sampler.stream(asked))
+
+
+def test_whether_this_machine_keeps_the_promise_is_looked_at_with_adapters_too(monkeypatch) -> None:
+    p, net, adapters = network()
+    engine = Engine(net, p, EngineConfig(path="torch", cache_tokens=512), weights="w", adapters=adapters).look()
+    assert engine.mode == "exact" and engine.origin is not None and set(engine.origin.adapters) == {"one", "two"}
+    run = engine.runner.run
+
+    def careless(pieces, pages):
+        odd = [len(pieces) > 1 and piece.adapter == "two" for piece in pieces]
+        return [x + x.abs().max() * 2**-6 if o else x for x, o in zip(run(pieces, pages), odd, strict=True)]
+
+    monkeypatch.setattr(engine.runner, "run", careless)
+    assert "a hidden state read as one of 13 beside others with 'two'" in engine.look().mode
 
 
 def test_a_request_without_an_adapter_has_the_digest_that_it_had() -> None:

@@ -35,7 +35,7 @@ from litchi.serve.solo import Put
 log = logging.getLogger("litchi.serve")
 
 
-def runner_of(model: Model, c: EngineConfig, adapters: Adapters) -> Runner:
+def runner_of(model: Model, c: EngineConfig, adapters: Adapters | None = None) -> Runner:
     """Raises BadInput for a path that does not know the network or the weights."""
     dtype = torch.float32 if c.weights == "float32" else torch.bfloat16
     why = unsupported(model.config)
@@ -130,7 +130,8 @@ class Engine(Asking):
     def look(self) -> Engine:
         """See whether this machine keeps the promise; `mode` tells."""
         if self.runner.exact:
-            self.fault = broken(self.runner, self.processor, self.model.config.vocab_size, self.pages.size)
+            names = tuple(self.adapters.known)
+            self.fault = broken(self.runner, self.processor, self.model.config.vocab_size, self.pages.size, names)
         if self.fault:
             log.warning("answers are %s; no receipts are kept", self.mode)
         return self
