@@ -7,7 +7,7 @@ import json
 import random
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,8 +30,10 @@ from litchi.schema.digest import digest
 from litchi.schema.processor import Processor
 from litchi.schema.request import Completion, Request, SamplingParams
 from litchi.schema.sample import Role, Text
+from litchi.serve import pipe
 from litchi.serve.engine import Engine
 from litchi.serve.loading import load_engine
+from litchi.serve.receipts import Origin
 from litchi.serve.run import ServeConfig
 from litchi.serve.runner import NativeRunner
 from litchi.serve.scheduler import EngineConfig
@@ -204,6 +206,14 @@ def test_whether_this_machine_keeps_the_promise_is_looked_at_with_adapters_too(m
 
     monkeypatch.setattr(engine.runner, "run", careless)
     assert "a hidden state read as one of 13 beside others with 'two'" in engine.look().mode
+
+
+def test_a_worker_is_told_the_adapter_and_tells_what_it_has() -> None:
+    asked, origin = Request(parts=(), adapter="poet"), Origin("w", "r", "t", {"poet": "d", "lawyer": "e"})
+    assert pipe.read(json.loads(json.dumps(pipe.written(asked))), Request) == asked
+    assert Origin(**json.loads(json.dumps(asdict(origin)))) == origin
+    assert origin.of([asked]).differs(Origin("w", "r", "t", {"poet": "d"})) == []
+    assert origin.of([asked]).differs(Origin("w", "r", "t")) == ["adapter poet d, not there"]
 
 
 def test_a_request_without_an_adapter_has_the_digest_that_it_had() -> None:
