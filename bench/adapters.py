@@ -27,7 +27,7 @@ from litchi.schema.sample import Role, Text
 from litchi.serve.engine import Engine
 from litchi.serve.scheduler import EngineConfig
 
-REQUESTS, WORDS = 8, 48
+REQUESTS = 8
 
 
 def main() -> int:
@@ -35,6 +35,7 @@ def main() -> int:
     parser.add_argument("--weights", default="bfloat16", choices=("bfloat16", "float32", "int8", "int4"))
     parser.add_argument("--path", default="native", choices=("native", "torch"))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--words", type=int, default=48, help="of each answer")
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16])
     args = parser.parse_args()
     loaded, different = load(find_checkpoint("smollm2")), 0
@@ -44,13 +45,13 @@ def main() -> int:
         engine = Engine(loaded.model, loaded.processor, config, adapters=adapters)
         crowds = [[""] * REQUESTS, [str(i % 4) for i in range(REQUESTS)]]
         for names in crowds:
-            rate(engine, names, words=4)
-        pairs = [[rate(engine, names) for names in crowds] for _ in range(args.rounds)]
+            rate(engine, names, 4)
+        pairs = [[rate(engine, names, args.words) for names in crowds] for _ in range(args.rounds)]
         bare = statistics.median(bare for bare, _ in pairs)
         ratio = statistics.median(theirs / bare for bare, theirs in pairs)
         measure = f"decode, {REQUESTS} requests, four adapters of rank {rank}, {args.path} {args.weights}"
         append("adapters", measure, ratio * bare, "tokens/s", peer="no adapter", peer_figure=bare)
-        crowd = questions(crowds[1], WORDS // 2)
+        crowd = questions(crowds[1], args.words // 2)
         alone = [said for each in crowd for said in answers(engine, [each])]
         different += sum(a != b for a, b in zip(answers(engine, crowd), alone, strict=True))
     measure = f"answers that neighbours with adapters change, {args.path} {args.weights}"
@@ -58,7 +59,7 @@ def main() -> int:
     return 1 if different else 0
 
 
-def rate(engine: Engine, names: list[str], words: int = WORDS) -> float:
+def rate(engine: Engine, names: list[str], words: int) -> float:
     """Words a second that requests with these adapters are told, from when each has its first."""
     told: list[list[float]] = [[] for _ in names]
     for index, request in enumerate(questions(names, words + 1)):
