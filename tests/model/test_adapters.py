@@ -118,7 +118,9 @@ CONFIGS = {
     "an endless scale": ({"lora_alpha": 1e300}, "scale 'lora_alpha' must be a number"),
     "no scale": ({"lora_alpha": None}, "scale 'lora_alpha' must be a number"),
     "a root of text": ({"use_rslora": "yes"}, "use_rslora must be true or false"),
-    "targets of numbers": ({"target_modules": [3]}, "must be names or a pattern"),
+    "targets of numbers": ({"target_modules": [3]}, "names, or a pattern, and is a list"),
+    "endless targets": ({"target_modules": ["q_proj"] * 5000}, "must be up to 4096 names"),
+    "what is deep": ({"use_dora": json.loads("[" * 900 + "1" + "]" * 900)}, "use_dora is a list"),
     "a target too few": ({"target_modules": ["q_proj"]}, "target_modules does not name it"),
     "another rank": ({"r": 8}, "rank 8 on this network is"),
 }

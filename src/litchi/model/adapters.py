@@ -34,6 +34,8 @@ CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "
 MAX_RANK = 256
 MAX_CONFIG = 1 << 20
 """Bytes of a configuration; a real one has a thousand."""
+MAX_NAMES = 4096
+"""Of modules in one field of it, each of which is held against every matrix of the network."""
 
 MATRIX = re.compile(
     r"layers\.\d+\.experts\.0\.(self_attn\.(q_proj|k_proj|v_proj|o_proj)|mlp\.(gate_proj|up_proj|down_proj))"
@@ -212,9 +214,10 @@ def read_settings(path: Path) -> Settings:
             f"{path}: init_lora_weights is {shown(initial)}, which changes the network's own weights: convert it to a "
             "plain LoRA as PEFT's guide on initialisation says"
         )
-    fault = f"{path}: target_modules must be names or a pattern"
+    fault = f"{path}: target_modules must be up to {MAX_NAMES} names, or a pattern"
     targets = said.get("target_modules") or ()
-    if not isinstance(targets, str) and not (isinstance(targets, list) and all(isinstance(t, str) for t in targets)):
+    names = () if isinstance(targets, str) else targets
+    if not isinstance(names, list | tuple) or len(names) > MAX_NAMES or not all(isinstance(n, str) for n in names):
         raise BadInput(f"{fault}, and is {shown(targets)}: copy the adapter again")
     some = any(said.get(name) for name in ("layers_to_transform", "layers_pattern", "exclude_modules"))
     rooted = said.get("use_rslora") or False
@@ -226,7 +229,7 @@ def read_settings(path: Path) -> Settings:
         use_rslora=rooted,
         rank_pattern={k: rank_of(path, k, v) for k, v in patterns(path, said, "rank_pattern").items()},
         alpha_pattern={k: alpha_of(path, k, v) for k, v in patterns(path, said, "alpha_pattern").items()},
-        targets=() if isinstance(targets, str) else tuple(targets),
+        targets=tuple(names),
         everywhere=not some,
     )
 
@@ -262,7 +265,7 @@ def alpha_of(path: Path, name: str, value: Any) -> float:
 def patterns(path: Path, said: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Values for some modules, by the ends of their names."""
     found = said.get(name) or {}
-    if not isinstance(found, dict) or len(found) > 4096:
+    if not isinstance(found, dict) or len(found) > MAX_NAMES:
         raise BadInput(f"{path}: {name} must be an object of names, and is {shown(found)}: copy the adapter again")
     if odd := [key for key in found if not PLAIN.fullmatch(key)]:
         raise BadInput(f"{path}: {name} has the pattern {show(odd[0])}, and only plain names are read: spell it out")
@@ -284,4 +287,10 @@ def refuse(path: Path, name: str, value: str) -> None:
 
 
 def shown(value: Any) -> str:
-    return show(value) if isinstance(value, str) else f"{str(value)[:60]}"
+    """A value of JSON as a message quotes it: short, however deep it is."""
+    match value:
+        case str():
+            return show(value)
+        case dict() | list():
+            return "an object" if isinstance(value, dict) else "a list"
+    return str(value)[:60]

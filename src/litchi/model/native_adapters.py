@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from litchi.model.adapters import Adapter, Update
+from litchi.model.adapters import MAX_RANK, Adapter, Update
 from litchi.model.network import ModelConfig
 from litchi.model.packing import BLOCK, KINDS, Format, pack
 
@@ -93,6 +93,7 @@ class PackedAdapters:
             return CUpdate()
         filled = [None if update is None else fill(update) for update in updates]
         down = torch.cat([update.down for update in filled if update is not None])
+        assert len(down) <= 3 * MAX_RANK, "the C++ has room for so many sums"
         self.widest = max(self.widest, len(down))
         first, panels = 0, []
         for update, width in zip(filled, widths, strict=True):
