@@ -83,7 +83,7 @@ class HttpSampler:
             case "image":
                 prompt = "".join(part.text for part in request.parts if isinstance(part, Text))
                 size = f"{request.width}x{request.height}"
-                body = {"model": self.model, "prompt": prompt, "size": size} | _sampling(request)
+                body = {"model": request.adapter or self.model, "prompt": prompt, "size": size} | _sampling(request)
                 drawn = self._json("POST", "/v1/images/generations", body)
                 [made], read = drawn["data"], drawn["usage"]["input_tokens"]
                 picture = Image(pixels=_pixels(made["b64_json"]), role=Role.ASSISTANT)
@@ -91,8 +91,8 @@ class HttpSampler:
                 return Completion(parts=(picture,), text=text, finish="stop", prompt_tokens=read, tokens=())
             case _:
                 parts = [_part_body(part) for part in request.parts]
-                body = {"model": self.model, "want": request.want, "parts": parts, "space": request.space}
-                made = self._json("POST", "/v1/next", body | _sampling(request))
+                body = {"model": request.adapter or self.model, "want": request.want, "parts": parts}
+                made = self._json("POST", "/v1/next", body | {"space": request.space} | _sampling(request))
                 read, tokens = made["prompt_tokens"], tuple(made["token_ids"])
                 part = _part(made["part"])
                 return Completion(
@@ -100,7 +100,8 @@ class HttpSampler:
                 )
 
     def _chat_body(self, request: Request) -> dict[str, Any]:
-        body = {"model": self.model, "messages": _messages(request.parts), "return_token_ids": True}
+        model = request.adapter or self.model
+        body = {"model": model, "messages": _messages(request.parts), "return_token_ids": True}
         return body | {"logprobs": request.params.logprobs} | _sampling(request)
 
     def _json(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:

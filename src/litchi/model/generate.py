@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from litchi.model.cache import KVCache
+from litchi.model.lowrank import Adapters
 from litchi.model.network import Model
 from litchi.model.program import Program, Read
 from litchi.schema.processor import Processor
@@ -24,10 +25,17 @@ class Generator:
     """A `Sampler` on one model, in this process."""
 
     def __init__(
-        self, model: Model, processor: Processor, *, cached: bool = True, dtype: torch.dtype = torch.float32
+        self,
+        model: Model,
+        processor: Processor,
+        *,
+        cached: bool = True,
+        dtype: torch.dtype = torch.float32,
+        adapters: Adapters | None = None,
     ) -> None:
         """`dtype` is what matrices are multiplied in: float32 leaves that to the weights, bfloat16 is autocast's."""
         self.model, self.processor, self.cached, self.dtype = model.eval(), processor, cached, dtype
+        self.adapters = adapters or Adapters(model)
 
     def complete(self, request: Request) -> Completion:
         """The whole answer at once."""
@@ -43,7 +51,8 @@ class Generator:
         while step is not None:
             found = None
             if isinstance(step, Read):
-                found = reader.read(step)
+                with self.adapters.whole(request.adapter):
+                    found = reader.read(step)
             else:
                 yield step
             try:

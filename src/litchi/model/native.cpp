@@ -6,6 +6,7 @@
 //
 // T tokens, D width, H query heads, G key-value heads, K head width, F MLP width, V vocabulary.
 
+#include "native_lora.h"
 #include "native_product.h"
 
 #if defined(__linux__)
@@ -34,11 +35,12 @@ struct Network {
 };
 
 struct Call {
-  int32_t tokens, sequences, max_pages, num_pages, page, threads;
+  int32_t tokens, sequences, max_pages, num_pages, page, threads, widest;
   const float *x, *cos, *sin;
   float* hidden;
   void *keys, *values;
   const int32_t *sequence, *slot, *end, *tables;
+  const Update* const* adapters;
   char* room;
 };
 
@@ -178,11 +180,12 @@ void fold(const Job& job, long chunk, int width, Part all_before, Part part) {
 struct Room {  // what a call needs beside its arguments
   Rows normed, seen, inner;
   float *qkv, *gates, *parts;
-  word* query;
+  word *query, *narrowed, *row_words;
   int *first, *count, runs = 0;
   long bytes;
 
-  Room(const Network& n, int tokens, int threads, long chunks, char* base) {
+  Room(const Network& n, const Call& c, long chunks, char* base) {
+    int tokens = c.tokens, threads = c.threads;
     char* at = base;
     long heads = n.heads + 2 * n.kv_heads;
     normed = take_rows(at, n.layer->qkv.kind, n.width, tokens);
@@ -192,6 +195,9 @@ struct Room {  // what a call needs beside its arguments
     gates = take<float>(at, (long)threads * tokens * BLOCK);
     query = take<word>(at, (long)tokens * n.heads * n.head_width);
     parts = take<float>(at, (4 * threads * chunks + threads * 2) * Part::size(n));
+    long widest_row = std::max({n.width, n.heads * n.head_width, n.mlp_width});
+    narrowed = take<word>(at, c.adapters ? tokens * Lora::row_bytes(c.widest) / 4 : 0);
+    row_words = take<word>(at, c.adapters ? threads * widest_row / 2 : 0);
     first = take<int>(at, tokens), count = take<int>(at, tokens);
     bytes = at - base;
   }
@@ -299,7 +305,10 @@ struct Forward {
     long T = c.tokens, D = n.width, heads = n.heads + 2 * n.kv_heads;
     Range rows = thread.share(T);
     std::copy(c.x + rows.first * D, c.x + rows.last * D, c.hidden + rows.first * D);
-    auto add = [&](long row, int panel, const float* o) {
+    long row_words = std::max({n.width, n.heads * n.head_width, n.mlp_width}) / 2;
+    Lora lora{c.adapters, c.sequence, room.narrowed, room.row_words + thread.index * row_words, c.widest};
+    auto add = [&](long row, int panel, float* o) {
+      lora.widen(row, panel, o);
       float* to = c.hidden + row * D + panel * BLOCK;
       store(to, load(to) + load(o)), store(to + 16, load(to + 16) + load(o + 16));
     };
@@ -308,8 +317,10 @@ struct Forward {
       const Layer& layer = n.layer[l];
       Cache<E> cache(n, c, l);
       for (long t = rows.first; t < rows.last; ++t) norm(c.hidden + t * D, layer.norm, D, n.epsilon, room.normed, t);
+      lora.go(l, QKV), lora.narrow(room.normed, rows);
       thread.meet();
       product(layer.qkv, room.normed, T, thread.share(layer.qkv.outputs / BLOCK), [&](long row, int panel, float* o) {
+        lora.widen(row, panel, o);
         std::copy(o, o + BLOCK, room.qkv + row * heads * n.head_width + panel * BLOCK);
       });
       thread.meet();
@@ -319,13 +330,17 @@ struct Forward {
       thread.meet();
       attend(cache, thread);
       thread.meet();
+      lora.go(l, OUT);
+      if (lora.of) lora.narrow(room.seen, rows), thread.meet();
       product(layer.out, room.seen, T, thread.share(D / BLOCK), add);
       thread.meet();
       for (long t = rows.first; t < rows.last; ++t)
         norm(c.hidden + t * D, layer.late_norm, D, n.epsilon, room.normed, t);
+      lora.go(l, GATE_UP), lora.narrow(room.normed, rows);
       thread.meet();
       Range pairs = thread.share(n.mlp_width / BLOCK);  // a panel of gates, then the same 32 of what they let through
       product(layer.gate_up, room.normed, T, {2 * pairs.first, 2 * pairs.last}, [&](long row, int panel, float* o) {
+        lora.widen(row, panel, o);
         float* gate = gates + row * BLOCK;
         if (panel % 2 == 0) return (void)std::copy(o, o + BLOCK, gate);
         v16 a = load(gate), b = load(gate + 16);
@@ -333,6 +348,8 @@ struct Forward {
         room.inner.keep(row, panel / 2, a, b);
       });
       thread.meet();
+      lora.go(l, DOWN);
+      if (lora.of) lora.narrow(room.inner, rows), thread.meet();
       product(layer.down, room.inner, T, thread.share(D / BLOCK), add);
       thread.meet();
     }
@@ -360,14 +377,14 @@ bool holds(const Call& c) {  // whether every index lies within what it indexes
 extern "C" {
 
 long litchi_room(const Network* n, const Call* c) {
-  return Room(*n, c->tokens, c->threads, chunks_of(*c), nullptr).bytes;
+  return Room(*n, *c, chunks_of(*c), nullptr).bytes;
 }
 
 // 0, or 1 if an index lies outside of what it indexes.
 int litchi_run(const Network* n, const Call* c) {
   if (!holds(*c)) return 1;
   long chunks = chunks_of(*c);
-  Room room(*n, c->tokens, c->threads, chunks, c->room);
+  Room room(*n, *c, chunks, c->room);
   Forward forward(*n, *c, room, chunks);
   Team team{0};
 #pragma omp parallel num_threads(c->threads)

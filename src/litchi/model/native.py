@@ -29,11 +29,12 @@ from torch import Tensor
 
 from litchi.config import BadInput
 from litchi.model.compiled import compile_once, compiler
+from litchi.model.native_adapters import Chosen
 from litchi.model.network import Expert, Model, ModelConfig
 from litchi.model.packing import BLOCK, KINDS, Format, pack
 from litchi.model.vision import Tower
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", "native_product.h"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", "native_product.h", "native_lora.h"))
 MAX_HEAD_WIDTH = 256
 
 
@@ -78,11 +79,13 @@ class CNetwork(Structure):
 
 
 class CCall(Structure):
-    _fields_ = [(n, c_int32) for n in ("tokens", "sequences", "max_pages", "num_pages", "page", "threads")] + [
+    _fields_ = [
+        (n, c_int32) for n in ("tokens", "sequences", "max_pages", "num_pages", "page", "threads", "widest")
+    ] + [
         (n, c_void_p)
         for n in (
             *("x", "cos", "sin", "hidden", "keys", "values"),
-            *("sequence", "slot", "end", "tables", "room"),
+            *("sequence", "slot", "end", "tables", "adapters", "room"),
         )
     ]
 
@@ -142,6 +145,8 @@ class Trunk:
         self.threads = threads or torch.get_num_threads()
         self.lib = library(flags)
         self.arena = Arena(self.lib)
+        self.adapters: Chosen | None = None
+        """Those of the sequences of the next call, if any has one."""
         self.held: list[Tensor] = []
         """What the pointers below point to."""
         self.layers = (CLayer * c.num_layers)()
@@ -189,6 +194,7 @@ class Trunk:
         Token t is number `slot[t]` of sequence `sequence[t]`, whose pages `tables` names, and reads its keys
         [0, end[t]); end > slot, and beyond slot + 1 where tokens of a span read each other: a layer writes the keys of
         all tokens of the call before any is read. All is contiguous; x and rotation fp32, indices int32.
+        `self.adapters` says which sequence reads with which.
         Raises BadInput if an index lies outside of what it indexes.
         """
         cos, sin = rotation
@@ -203,6 +209,7 @@ class Trunk:
         call.num_pages, call.page, call.threads = keys.shape[1], keys.shape[3], self.threads
         call.x, call.cos, call.sin, call.hidden = x_TD.data_ptr(), cos.data_ptr(), sin.data_ptr(), hidden_TD.data_ptr()
         call.keys, call.values, call.tables = keys.data_ptr(), values.data_ptr(), tables.data_ptr()
+        call.adapters, call.widest = (None, 0) if self.adapters is None else self.adapters.given
         call.sequence, call.slot, call.end = sequence.data_ptr(), slot.data_ptr(), end.data_ptr()
         self.reserve(self.lib.litchi_room(self.at_network, self.at_call))
         call.room = self.room.data_ptr()

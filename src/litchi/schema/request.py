@@ -84,6 +84,8 @@ class Request:
     """What may be called: for each tool a JSON object, as the chat template is shown it."""
     pooling: Literal["mean", "last"] = "mean"
     """Which of the last hidden states make an embedding: the mean of all, or that of the last token."""
+    adapter: str = ""
+    """The name of what changes the network for this request; empty for the network as it is."""
 
 
 @dataclass(frozen=True, slots=True)

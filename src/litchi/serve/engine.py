@@ -16,6 +16,7 @@ from torch import Tensor
 
 from litchi.config import BadInput
 from litchi.model.generate import whole
+from litchi.model.lowrank import Adapters
 from litchi.model.native import unsupported
 from litchi.model.network import Model
 from litchi.model.packing import BLOCK
@@ -34,17 +35,17 @@ from litchi.serve.solo import Put
 log = logging.getLogger("litchi.serve")
 
 
-def runner_of(model: Model, c: EngineConfig) -> Runner:
+def runner_of(model: Model, c: EngineConfig, adapters: Adapters | None = None) -> Runner:
     """Raises BadInput for a path that does not know the network or the weights."""
     dtype = torch.float32 if c.weights == "float32" else torch.bfloat16
     why = unsupported(model.config)
     if c.path == "native" or (c.path == "auto" and not why and c.exact and c.page % BLOCK == 0):
-        return NativeRunner(model, dtype, c.weights)
+        return NativeRunner(model, dtype, c.weights, adapters=adapters)
     if c.weights not in ("float32", "bfloat16"):
         raise BadInput(
             f"serve.engine.weights={c.weights} is native only, but {why or 'the path is torch'}: set bfloat16"
         )
-    return TorchRunner(model, dtype, steady=c.exact)
+    return TorchRunner(model, dtype, steady=c.exact, adapters=adapters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +70,16 @@ class Engine(Asking):
         config: EngineConfig | None = None,
         weights: str = "",
         runner: Runner | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
-        """`weights` is what tells these weights from others; a `runner` that is there already need not be built."""
+        """`weights` is what tells these weights from others; a `runner` that is there already need not be built.
+
+        `adapters` are what requests may name; a `runner` has the same.
+        """
         self.config = config or EngineConfig()
         self.model, self.processor, self.weights = model, processor, weights
-        self.runner = runner or runner_of(model, self.config)
+        self.adapters = adapters or Adapters(model)
+        self.runner = runner or runner_of(model, self.config, self.adapters)
         room = self.runner.room(self.config.cache_tokens // self.config.page + 1, self.config.page)
         self.pages = Pages(*room, clear=self.runner.clear)
         self.scheduler = Scheduler(self.config, self.pages)
@@ -113,7 +119,7 @@ class Engine(Asking):
     def origin(self) -> Origin | None:
         """What the bits of answers come from, if that is known and they depend on nothing else."""
         known = self.runner.exact and self.weights and not self.fault
-        return Origin(self.weights, self.runner.name, torch.__version__) if known else None
+        return Origin(self.weights, self.runner.name, torch.__version__, self.adapters.digests) if known else None
 
     @property
     def mode(self) -> str:
@@ -124,7 +130,8 @@ class Engine(Asking):
     def look(self) -> Engine:
         """See whether this machine keeps the promise; `mode` tells."""
         if self.runner.exact:
-            self.fault = broken(self.runner, self.processor, self.model.config.vocab_size, self.pages.size)
+            names = tuple(self.adapters.known)
+            self.fault = broken(self.runner, self.processor, self.model.config.vocab_size, self.pages.size, names)
         if self.fault:
             log.warning("answers are %s; no receipts are kept", self.mode)
         return self
@@ -135,9 +142,10 @@ class Engine(Asking):
 
     def submit(self, request: Request, put: Put, *, stream: bool = True) -> Track:
         """Take a request in; `put` is told each delta, or the whole answer. Raises BadInput if it cannot be read."""
+        self.adapters.check(request.adapter)
         program = Program(self.model, self.processor, request, self.runner.logits)
         self.check(len(program.builder.tokens))
-        keys = PageKeys(self.pages.size, self.weights)
+        keys = PageKeys(self.pages.size, self.weights + self.adapters.key(request.adapter))
         track = Track(program, program.steps(), put, keys, deltas=None if stream else [])
         with self.changed:
             if self.closing:

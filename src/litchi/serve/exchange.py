@@ -25,6 +25,7 @@ from litchi.serve import answers
 from litchi.serve.answers import Choice
 from litchi.serve.limits import TooLarge, read_body, read_json
 from litchi.serve.metrics import Metrics
+from litchi.serve.models import Models
 from litchi.serve.receipts import Origin, OtherOrigin, Receipt, Receipts
 from litchi.serve.wire import Missing, UnknownModel
 from litchi.serve.worker import Busy, Job, Worker
@@ -88,11 +89,12 @@ class Desk:
     def __init__(self, config: ServeConfig, worker: Worker, metrics: Metrics):
         self.config, self.worker, self.metrics = config, worker, metrics
         self.limits, self.receipts = config.limits, Receipts(config.receipts)
+        self.models = Models.of(config.model, config.adapters)
 
     async def read(self, request: Request, read: Callable[..., T]) -> T:
         body = await read_body(request.stream(), request.headers.get("content-length"), self.limits)
         # Pictures are decoded in another thread, so that a large one does not stop everybody's streams.
-        return await to_thread.run_sync(lambda: read(read_json(body), self.config.model, self.limits))
+        return await to_thread.run_sync(lambda: read(read_json(body), self.models, self.limits))
 
     async def collect(
         self, request: Request, questions: tuple[Question, ...], receipt: str = "", *, spelled: bool = False
@@ -127,9 +129,10 @@ class Desk:
 
         def keep() -> None:
             said = tuple(told(each) for each in heard.completions)
-            now, model = int(time.time()), self.config.model
+            now, model = int(time.time()), self.models.told(questions)
+            come = origin.of(questions)
             self.receipts.keep(
-                Receipt(id=name, created=now, model=model, origin=origin, requests=questions, answers=said)
+                Receipt(id=name, created=now, model=model, origin=come, requests=questions, answers=said)
             )
 
         await to_thread.run_sync(keep)  # pictures are packed: everybody's streams go on meanwhile

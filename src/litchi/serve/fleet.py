@@ -366,7 +366,7 @@ def launched(place: int, folder: Path, config: ServeConfig) -> Member:
 
 def beginning(request: Request) -> bytes:
     """What documents that begin alike share: the first two parts, or the first ids."""
-    digest = hashlib.blake2b(request.want.encode(), digest_size=16)
+    digest = hashlib.blake2b(f"{request.want} {request.adapter}".encode(), digest_size=16)
     for part in request.parts[:2]:
         digest.update(part.text[:512].encode() if isinstance(part, Text) else repr(part)[:512].encode())
     digest.update(repr(request.tokens[:128]).encode())

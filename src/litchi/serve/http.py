@@ -121,13 +121,15 @@ class Door:
         return Response(text, media_type="text/plain; version=0.0.4")
 
     async def models(self) -> dict[str, Any]:
-        return {"object": "list", "data": [await self.model(self.config.model)]}
+        return {"object": "list", "data": [await self.model(name) for name in self.desk.models.names]}
 
     async def model(self, name: str) -> dict[str, Any]:
-        if name != self.config.model:
-            raise wire.UnknownModel(f"no model {name[:80]!r} here; this server has {self.config.model!r}")
+        models = self.desk.models
+        if name not in models.names:
+            raise wire.UnknownModel(f"no model {name[:80]!r} here; this server has {models}")
         abilities = ["talk", *self.config.abilities]
-        return {"id": name, "object": "model", "created": 0, "owned_by": "litchi", "abilities": abilities}
+        told = {"id": name, "object": "model", "created": 0, "owned_by": "litchi", "abilities": abilities}
+        return told | ({"parent": models.base} if models.adapter(name) else {})
 
     async def room(self, seed: Annotated[int, Query(ge=0, le=MAX_SEED)], env: str = "") -> Response:
         """The first frame of a room as PNG; its task stands percent-encoded in X-Litchi-Task."""
@@ -138,7 +140,7 @@ class Door:
 
     async def chat(self, request: Request) -> Response:
         ask = await self.desk.read(request, partial(wire.read_chat, style=self.words.style))
-        writer = answers.Writer(ask, self.config.model)
+        writer = answers.Writer(ask, self.desk.models.told(ask.requests))
         if ask.stream:
             return await self.desk.stream(request, ask.requests, writer)
         choices = await self.desk.collect(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from litchi.model.weights import load
 from litchi.serve.engine import Engine
 from litchi.serve.fleet import Fleet
+from litchi.serve.models import load_adapters
 from litchi.serve.ranks import dtype_of, muster
 from litchi.serve.tensor import TensorRunner
 
@@ -25,9 +26,12 @@ def load_engine(folder: Path, config: ServeConfig) -> Engine:
     """
     world = muster(folder, config) if config.tensor > 1 else None  # so that they load beside each other
     loaded = load(folder)
-    runner = None if world is None else TensorRunner(loaded.model, dtype_of(config.engine), world)
     weights = sha256(json.dumps(loaded.meta["files"], sort_keys=True).encode()).hexdigest()
-    return Engine(loaded.model, loaded.processor, config.engine, weights=weights, runner=runner).look()
+    adapters = load_adapters(loaded.model, config.model, config.adapters)
+    runner = None if world is None else TensorRunner(loaded.model, dtype_of(config), world)
+    return Engine(
+        loaded.model, loaded.processor, config.engine, weights=weights, runner=runner, adapters=adapters
+    ).look()
 
 
 def load_answerer(folder: Path, config: ServeConfig) -> Engine | Fleet:

@@ -7,6 +7,7 @@ what proves it are the schedules of `bench/fuzz_engine.py` on a machine of the s
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,15 +18,18 @@ from litchi.serve.pages import Pages
 from litchi.serve.runner import Piece, Runner, TorchRunner
 
 LENGTH = 24
+MAX_ADAPTERS = 4
+"""Adapters that are looked at: many are alike."""
 CUTS = (0, 13, 14, 16, 17, 24)
 """Where the second reading is cut: pieces of 13, 1, 2, 1 and 7 tokens."""
 
 
 @torch.no_grad()
-def broken(runner: Runner, processor: Processor, vocab_size: int, page: int) -> str:
+def broken(runner: Runner, processor: Processor, vocab_size: int, page: int, adapters: Sequence[str] = ()) -> str:
     """What depends on what stands beside it on this machine, in words; "" if nothing does.
 
-    Takes as long as reading a hundred tokens, and on the PyTorch path an eighth of a second more.
+    Takes as long as reading a hundred tokens, with each of the first adapters as well, and on the PyTorch path an
+    eighth of a second more.
     """
     if isinstance(runner, TorchRunner) and (what := exact.broken(runner.dtype)):
         return what
@@ -33,16 +37,19 @@ def broken(runner: Runner, processor: Processor, vocab_size: int, page: int) -> 
     rng = random.Random(0)
     document, neighbour = (drawn(processor, vocab_size, rng) for _ in range(2))
     held = [[pages.take() for _ in range(1 + LENGTH // page)] for _ in range(3)]
-    whole = runner.run([Piece(document, 0, LENGTH, held[0], rows=LENGTH)], pages)[0]
-    assert whole is not None
-    for start, stop in zip(CUTS, CUTS[1:], strict=False):
-        pieces = [
-            Piece(neighbour, start, stop, held[1], rows=stop - start),
-            Piece(document, start, stop, held[2], rows=stop - start),
-        ]
-        found = runner.run(pieces, pages)[1]
-        if found is None or not same(found, whole[start:stop]):
-            return f"a hidden state read as one of {stop - start} beside others"
+    whole = torch.empty(0)
+    for name in (*adapters[:MAX_ADAPTERS], ""):
+        read = runner.run([Piece(document, 0, LENGTH, held[0], rows=LENGTH, adapter=name)], pages)[0]
+        assert read is not None
+        whole = read
+        for start, stop in zip(CUTS, CUTS[1:], strict=False):
+            pieces = [
+                Piece(neighbour, start, stop, held[1], rows=stop - start),
+                Piece(document, start, stop, held[2], rows=stop - start, adapter=name),
+            ]
+            found = runner.run(pieces, pages)[1]
+            if found is None or not same(found, whole[start:stop]):
+                return f"a hidden state read as one of {stop - start} beside others{name and f' with {name!r}'}"
     scores = runner.logits(whole)
     if any(not same(runner.logits(whole[at : at + 1]), scores[at : at + 1]) for at in (0, LENGTH - 1)):
         return "the scores of one token"

@@ -12,8 +12,9 @@ from litchi.schema.sample import Role, Text
 from litchi.serve.fields import Fields
 from litchi.serve.grammars import GUIDED, read_grammar
 from litchi.serve.limits import Limits
+from litchi.serve.models import Models
 from litchi.serve.params import CHOOSING, GREEDY, MAX_N, SAMPLING, is_ids, read_count, read_params
-from litchi.serve.wire import HARMLESS, check_model, check_text, repeated
+from litchi.serve.wire import HARMLESS, check_text, read_model, repeated
 
 MAX_PROMPTS = 128
 """Prompts of one request, each counted once for every answer that is wanted."""
@@ -45,12 +46,12 @@ class Continuations:
     """Whether what was asked may be kept for a receipt."""
 
 
-def read_completion(body: dict[str, Any], model: str, limits: Limits) -> Continuations:
+def read_completion(body: dict[str, Any], models: Models, limits: Limits) -> Continuations:
     """A body of POST /v1/completions. Raises BadInput, UnknownModel."""
     fields = Fields(body)
     own = ("model", "prompt", "n", "stream", "stream_options", "logprobs", "echo")
     fields.known((*own, *SAMPLING, *CHOOSING, *HARMLESS, *NEUTRAL, *GUIDED))
-    check_model(fields, model)
+    adapter = read_model(fields, models)
     for name, values in NEUTRAL.items():
         if fields.get(name) is not None and fields.get(name) not in values:
             raise BadInput(f"{name} is not supported by this server; leave it out")
@@ -65,7 +66,7 @@ def read_completion(body: dict[str, Any], model: str, limits: Limits) -> Continu
         params = replace(params, prompt_logprobs=max(top, params.prompt_logprobs or 0))
     options = Fields(fields.get("stream_options") or {}, "stream_options.")
     options.known(("include_usage", "include_obfuscation", "continuous_usage_stats"))
-    each = [repeated(replace(prompt, params=params), n) for prompt in prompts]
+    each = [repeated(replace(prompt, params=params, adapter=adapter), n) for prompt in prompts]
     return Continuations(
         requests=tuple(request for requests in each for request in requests),
         num_prompts=len(prompts),
@@ -87,18 +88,18 @@ class Embeddings:
     store: bool
 
 
-def read_embedding(body: dict[str, Any], model: str, limits: Limits) -> Embeddings:
+def read_embedding(body: dict[str, Any], models: Models, limits: Limits) -> Embeddings:
     """A body of POST /v1/embeddings. Raises BadInput, UnknownModel."""
     fields = Fields(body)
     fields.known(("model", "input", "encoding_format", "dimensions", "user", "pooling", "store"))
-    check_model(fields, model)
+    adapter = read_model(fields, models)
     if fields.get("dimensions") is not None:
         raise BadInput("dimensions: this model was not trained to shorten its vectors; leave it out and get them whole")
     pooling = "last" if fields.choice("pooling", "mean", ("mean", "last")) == "last" else "mean"
     prompts = read_prompts(fields, "input", limits)
     packed = fields.choice("encoding_format", "float", ("float", "base64")) == "base64"
-    params = SamplingParams(max_tokens=0)
-    requests = tuple(replace(p, want="embed", pooling=pooling, params=params) for p in prompts)
+    prompts = [replace(prompt, params=SamplingParams(max_tokens=0), adapter=adapter) for prompt in prompts]
+    requests = tuple(replace(prompt, want="embed", pooling=pooling) for prompt in prompts)
     return Embeddings(requests, packed, fields.flag("store", True))
 
 

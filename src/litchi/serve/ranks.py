@@ -26,7 +26,6 @@ from torch.distributed import init_device_mesh
 from litchi.config import BadInput, parse, plain
 from litchi.model.weights import load_model
 from litchi.parallel.mesh import AXES, Layout, World, degrees
-from litchi.serve.scheduler import EngineConfig
 from litchi.serve.tensor import TensorRunner
 
 if TYPE_CHECKING:
@@ -36,7 +35,8 @@ log = logging.getLogger("litchi.serve")
 
 
 def muster(folder: Path, config: ServeConfig) -> World:
-    """Start the other ranks of `serve.tensor`, which load the folder as well, and meet them."""
+    """Start the other ranks of `serve.tensor`, which load the folder as well, and meet them. Raises BadInput."""
+    dtype_of(config)
     place, size = Path(tempfile.mkdtemp(prefix="litchi-ranks-")), config.tensor
     told = {"folder": str(folder), "serve": plain(config, type(config)), "threads": torch.get_num_threads()}
     for rank in range(1, size):
@@ -69,8 +69,11 @@ def join(place: Path, rank: int, size: int) -> World:
     return World(layout, rank, size, torch.device("cpu"), mesh)
 
 
-def dtype_of(c: EngineConfig) -> torch.dtype:
-    """Raises BadInput for what slices cannot be computed in."""
+def dtype_of(config: ServeConfig) -> torch.dtype:
+    """Raises BadInput for what slices cannot be computed in, or with."""
+    c = config.engine
+    if config.adapters:
+        raise BadInput("serve.tensor knows no adapters: serve them by a network that is whole, or merge one")
     if c.weights not in ("float32", "bfloat16") or c.path == "native" or not c.exact:
         raise BadInput("serve.tensor takes the path in PyTorch, exact, in float32 or bfloat16: set serve.engine so")
     return torch.float32 if c.weights == "float32" else torch.bfloat16
@@ -87,7 +90,7 @@ def main() -> None:
     torch.set_num_threads(told["threads"])
     world = join(Path(told["place"]), told["rank"], config.tensor)
     c = config.engine
-    runner = TensorRunner(load_model(Path(told["folder"])), dtype_of(c), world)
+    runner = TensorRunner(load_model(Path(told["folder"])), dtype_of(config), world)
     runner.follow(*runner.room(c.cache_tokens // c.page + 1, c.page))
 
 

@@ -11,8 +11,8 @@ import logging
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ MAX_RECEIPTS, MAX_BYTES = 1024, 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Who answered: bits may only be compared where all three are the same."""
+    """Who answered: bits may only be compared where all of it is the same."""
 
     weights: str
     """What tells a checkpoint from others."""
@@ -37,11 +37,19 @@ class Origin:
     """What tells the arithmetic of the layers."""
     torch: str
     """The version that computes what is before and behind them."""
+    adapters: dict[str, str] = field(default_factory=dict)
+    """Digests of what may change the weights, by the names that requests say."""
+
+    def of(self, requests: Sequence[Request]) -> Origin:
+        """With no adapters but those that some requests name."""
+        named = {request.adapter for request in requests}
+        return replace(self, adapters={name: at for name, at in self.adapters.items() if name in named})
 
     def differs(self, other: Origin) -> list[str]:
-        """What is not the same, in words."""
-        pairs = (("weights", self.weights, other.weights), ("runner", self.runner, other.runner))
-        pairs += (("torch", self.torch, other.torch),)
+        """What is not the same, in words; the other may have further adapters."""
+        pairs = [("weights", self.weights, other.weights), ("runner", self.runner, other.runner)]
+        pairs += [("torch", self.torch, other.torch)]
+        pairs += [(f"adapter {n[:40]}", at, other.adapters.get(n, "there")) for n, at in self.adapters.items()]
         return [f"{name} {mine[:40]}, not {theirs[:40]}" for name, mine, theirs in pairs if mine != theirs]
 
 

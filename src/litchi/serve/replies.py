@@ -26,6 +26,7 @@ from litchi.serve.calls import Call, CallReader, Style
 from litchi.serve.exchange import Desk, Stopped
 from litchi.serve.fields import Fields
 from litchi.serve.limits import Limits
+from litchi.serve.models import Models
 from litchi.serve.params import CHOOSING, SAMPLING
 from litchi.serve.tokens import Words
 from litchi.serve.wire import HARMLESS, TOOLS, Ask, Missing, read_chat
@@ -105,7 +106,7 @@ class Replies:
 
     async def create(self, request: Request) -> Response:
         turn = await self.desk.read(request, self.read)
-        writer = Writer(turn, self.desk.config.model, self.store)
+        writer = Writer(turn, self.desk.models.told(turn.ask.requests), self.store)
         if turn.ask.stream:
             return await self.desk.stream(request, turn.ask.requests, writer)
         choices = await self.desk.collect(request, turn.ask.requests, writer.receipt)
@@ -119,11 +120,11 @@ class Replies:
         self.store.drop(name)
         return JSONResponse({"id": name, "object": "response", "deleted": True})
 
-    def read(self, body: dict[str, Any], model: str, limits: Limits) -> Turn:
-        return read_turn(body, model, limits, self.words.style, self.store)
+    def read(self, body: dict[str, Any], models: Models, limits: Limits) -> Turn:
+        return read_turn(body, models, limits, self.words.style, self.store)
 
 
-def read_turn(body: dict[str, Any], model: str, limits: Limits, style: Style, store: Store) -> Turn:
+def read_turn(body: dict[str, Any], models: Models, limits: Limits, style: Style, store: Store) -> Turn:
     """A body as a chat of the same meaning. Raises BadInput, UnknownModel, UnknownResponse."""
     fields = Fields(body)
     fields.known((*OWN, *SAMPLING, *CHOOSING, *HARMLESS, *TOOLS))
@@ -144,7 +145,7 @@ def read_turn(body: dict[str, Any], model: str, limits: Limits, style: Style, st
     text.known(("format", "verbosity"))
     if text.get("format") is not None:
         chat["response_format"] = text.get("format")
-    ask = replace(read_chat(chat, model, limits, style), usage=False)
+    ask = replace(read_chat(chat, models, limits, style), usage=False)
     params = ask.requests[0].params
     told = {
         "instructions": instructions or None,

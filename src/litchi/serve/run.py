@@ -49,6 +49,8 @@ class ServeConfig:
     envs: tuple[str, ...] = ("BabyAI-GoToLocal-v0", "BabyAI-GoToObj-v0", "BabyAI-GoToRedBall-v0", "BabyAI-PickupLoc-v0")
     """Rooms that a visitor may ask for; the first is the default."""
     engine: EngineConfig = EngineConfig()
+    adapters: tuple[str, ...] = ()
+    """LoRA adapters that requests may name as their model, each as NAME=FOLDER, a folder that PEFT wrote."""
     workers: int = 0
     """Processes with an engine each, which may die without the door: 0 has one engine in the door's own process."""
     tensor: int = 1

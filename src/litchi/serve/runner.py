@@ -16,7 +16,9 @@ from torch import Tensor
 
 from litchi.model import exact
 from litchi.model.attention import Attend
+from litchi.model.lowrank import Adapters
 from litchi.model.native import Trunk
+from litchi.model.native_adapters import PackedAdapters
 from litchi.model.network import Model
 from litchi.model.packing import Format
 from litchi.model.rope import rotations
@@ -36,6 +38,7 @@ class Piece:
     pages: Sequence[int]
     rows: int = 0
     scores: bool = False
+    adapter: str = ""
 
     @property
     def ends(self) -> list[int]:
@@ -87,9 +90,12 @@ class TorchRunner:
 
     clear = True
 
-    def __init__(self, model: Model, dtype: torch.dtype, *, steady: bool = True) -> None:
+    def __init__(
+        self, model: Model, dtype: torch.dtype, *, steady: bool = True, adapters: Adapters | None = None
+    ) -> None:
         """`dtype` is what matrices are multiplied in."""
         self.model, self.dtype, self.exact = model.eval(), dtype, steady
+        self.adapters = adapters or Adapters(model)
         if steady:
             exact.apply(model)
         model.attention = attention
@@ -104,10 +110,11 @@ class TorchRunner:
     @torch.no_grad()
     def run(self, pieces: Sequence[Piece], pages: Pages) -> list[Tensor | None]:
         batch = together(pieces, exact.ROWS if self.exact else 1)
-        with torch.autocast(pages.keys.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+        texts = [(piece.adapter, piece.stop - piece.start) for piece in pieces]
+        with self.adapters.reading(texts):
             x_TD = self.read(batch, pieces, pages)
-            ends = batch.cu_seqlens.tolist()[1:]
-            last = [end - 1 for end, piece in zip(ends, pieces, strict=False) if piece.scores]
+        ends = batch.cu_seqlens.tolist()[1:]
+        last = [end - 1 for end, piece in zip(ends, pieces, strict=False) if piece.scores]
         scores = iter(self.logits(x_TD[last]) if last else ())
         found: list[Tensor | None] = []
         for end, piece in zip(ends, pieces, strict=False):
@@ -116,7 +123,8 @@ class TorchRunner:
 
     def read(self, batch: Batch, pieces: Sequence[Laid], pages: Pages) -> Tensor:
         """Hidden states (T, D)."""
-        return self.model(batch, View(pages, pieces, steady=self.exact))
+        with torch.autocast(pages.keys.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            return self.model(batch, View(pages, pieces, steady=self.exact))
 
     @torch.no_grad()
     def logits(self, x_ND: Tensor) -> Tensor:
@@ -130,9 +138,10 @@ class NativeRunner:
     exact = True
     clear = False
 
-    def __init__(self, model: Model, dtype: torch.dtype, weights: Format) -> None:
+    def __init__(self, model: Model, dtype: torch.dtype, weights: Format, *, adapters: Adapters | None = None) -> None:
         """`dtype` is that of keys and values. Raises BadInput for a network that the path does not know."""
         self.trunk = Trunk(model, dtype, weights)
+        self.packed = PackedAdapters(adapters.known if adapters else {}, model.config, weights, self.trunk.arena)
         self.model = exact.apply(model.eval())
         self.scored = torch.empty(0, model.config.vocab_size)
         self.name = f"{Path(self.trunk.lib._name).stem} {weights}"
@@ -152,6 +161,7 @@ class NativeRunner:
             ends += piece.ends
         most = max(len(piece.pages) for piece in pieces)
         tables = torch.tensor([[*piece.pages, *[0] * (most - len(piece.pages))] for piece in pieces], dtype=torch.int32)
+        self.trunk.adapters = self.packed.of([piece.adapter for piece in pieces])
         hidden_TD = self.trunk.run(
             x_TD.contiguous(),
             rotation,

@@ -121,7 +121,8 @@ class Scheduler:
         if stop <= track.count or not self.make_room(track, stop, busy):
             return None
         rows = min(stop - track.count, max(stop - (total - wish.rows), 0))
-        return Piece(wish.builder, track.count, stop, track.pages, rows, wish.scores and stop == total)
+        scores, adapter = wish.scores and stop == total, track.program.request.adapter
+        return Piece(wish.builder, track.count, stop, track.pages, rows, scores, adapter)
 
     def cut(self, wish: Read, start: int, clean: int, budget: int, *, alone: bool) -> int:
         """Where to stop: within the budget, at the end of a span."""

@@ -34,7 +34,7 @@ class Texts:
 
     async def complete(self, request: Request) -> Response:
         ask = await self.desk.read(request, read_completion)
-        writer = Writer(ask, self.desk.config.model, self.words)
+        writer = Writer(ask, self.desk.models.told(ask.requests), self.words)
         if ask.stream:
             return await self.desk.stream(request, ask.requests, writer)
         choices = await self.desk.collect(request, ask.requests, writer.receipt)
@@ -50,7 +50,7 @@ class Texts:
         told = [base64.b64encode(v.tobytes()).decode() if ask.base64 else v.tolist() for v in vectors]
         data = [{"object": "embedding", "index": i, "embedding": each} for i, each in enumerate(told)]
         read = sum(choice.prompt_tokens or 0 for choice in made)
-        body = {"id": name, "object": "list", "data": data, "model": self.desk.config.model}
+        body = {"id": name, "object": "list", "data": data, "model": self.desk.models.told(ask.requests)}
         return JSONResponse(body | {"usage": {"prompt_tokens": read, "total_tokens": read}})
 
 

@@ -23,8 +23,9 @@ from litchi.serve.calls import Style, style_of
 from litchi.serve.exchange import Desk
 from litchi.serve.fields import Fields
 from litchi.serve.limits import Limits
+from litchi.serve.models import Models
 from litchi.serve.params import read_ids
-from litchi.serve.wire import check_model, check_text, read_messages
+from litchi.serve.wire import check_text, read_messages, read_model
 
 OWN_TEMPLATE = """\
 {%- for message in messages -%}
@@ -125,13 +126,13 @@ class Tokens:
     async def info(self) -> Response:
         return JSONResponse(self.words.info())
 
-    def read_text(self, body: dict[str, Any], model: str, limits: Limits) -> tuple[list[int], bool]:
+    def read_text(self, body: dict[str, Any], models: Models, limits: Limits) -> tuple[list[int], bool]:
         """The ids that a body of /tokenize asks for, and whether their texts are wanted too."""
         fields = Fields(body)
         fields.known(
             ("model", "prompt", "messages", "add_special_tokens", "add_generation_prompt", "return_token_strs")
         )
-        check_model(fields, model)
+        read_model(fields, models)
         strings = fields.flag("return_token_strs")
         if fields.get("messages") is not None:
             parts, _ = read_messages(fields.objects("messages"), limits)
@@ -142,10 +143,10 @@ class Tokens:
         begin = getattr(tokenizer, "bos", []) if fields.flag("add_special_tokens", True) else []
         return [*begin, *self.words.ids(text)], strings
 
-    def read_ids(self, body: dict[str, Any], model: str, limits: Limits) -> str:
+    def read_ids(self, body: dict[str, Any], models: Models, limits: Limits) -> str:
         fields = Fields(body)
         fields.known(("model", "tokens"))
-        check_model(fields, model)
+        read_model(fields, models)
         ids, tokenizer = read_ids(fields, "tokens", limits.max_text), self.words.known.tokenizer
         if (most := max(ids, default=0)) >= len(tokenizer):
             raise BadInput(f"tokens names the id {most}, this tokenizer knows 0 to {len(tokenizer) - 1}")

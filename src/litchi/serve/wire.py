@@ -15,6 +15,7 @@ from litchi.serve.calls import Style, Toolbox, as_said, read_calls, read_tools
 from litchi.serve.fields import Fields, show
 from litchi.serve.grammars import GUIDED, read_grammar
 from litchi.serve.limits import Limits, decode_picture
+from litchi.serve.models import Models
 from litchi.serve.params import CHOOSING, MAX_N, MAX_SEED, MAX_TOP, SAMPLING, read_params
 
 # Said by OpenAI clients, without any bearing on what a small model answers.
@@ -65,12 +66,12 @@ class Ask:
     """Whether what was asked may be kept for a receipt."""
 
 
-def read_chat(body: dict[str, Any], model: str, limits: Limits, style: Style = "hermes") -> Ask:
+def read_chat(body: dict[str, Any], models: Models, limits: Limits, style: Style = "hermes") -> Ask:
     """A body of POST /v1/chat/completions to a model that writes calls in a style. Raises BadInput, UnknownModel."""
     fields = Fields(body)
     own = ("model", "messages", "n", "stream", "stream_options", "logprobs", "top_logprobs", "return_token_ids")
     fields.known((*own, *SAMPLING, *CHOOSING, *HARMLESS, *NEUTRAL, *GUIDED, *TOOLS))
-    check_model(fields, model)
+    adapter = read_model(fields, models)
     for name, values in NEUTRAL.items():
         if fields.get(name) is not None and fields.get(name) not in values:
             raise BadInput(f"{name} is not supported by this server; leave it out")
@@ -87,7 +88,7 @@ def read_chat(body: dict[str, Any], model: str, limits: Limits, style: Style = "
     options = Fields(fields.get("stream_options") or {}, "stream_options.")
     options.known(("include_usage", "include_obfuscation"))
     size = {"height": limits.side, "width": limits.side}
-    request = Request(parts=parts, want="chat", params=params, tools=tools.told, **size)
+    request = Request(parts=parts, want="chat", params=params, tools=tools.told, adapter=adapter, **size)
     return Ask(
         requests=repeated(request, fields.integer("n", 1, 1, MAX_N)),
         seed=params.seed,
@@ -100,12 +101,12 @@ def read_chat(body: dict[str, Any], model: str, limits: Limits, style: Style = "
     )
 
 
-def read_drawing(body: dict[str, Any], model: str, limits: Limits) -> Ask:
+def read_drawing(body: dict[str, Any], models: Models, limits: Limits) -> Ask:
     """A body of POST /v1/images/generations. Raises BadInput, UnknownModel."""
     fields = Fields(body)
     looks = ("quality", "style", "background", "output_format", "moderation")
     fields.known(("model", "prompt", "n", "size", "response_format", *SAMPLING, *HARMLESS, *looks))
-    check_model(fields, model)
+    adapter = read_model(fields, models)
     prompt = fields.text("prompt")
     check_text([prompt], limits)
     fields.choice("size", "auto", (f"{limits.side}x{limits.side}", "auto"))
@@ -113,16 +114,17 @@ def read_drawing(body: dict[str, Any], model: str, limits: Limits) -> Ask:
     fields.choice("output_format", "png", ("png",))
     params = read_params(fields, limits, DRAWING)
     text = Text(text=prompt, role=Role.USER)
-    request = Request(parts=(text,), want="image", params=params, height=limits.side, width=limits.side)
+    size = {"height": limits.side, "width": limits.side}
+    request = Request(parts=(text,), want="image", params=params, adapter=adapter, **size)
     requests = repeated(request, fields.integer("n", 1, 1, MAX_N))
     return Ask(requests=requests, seed=params.seed, store=fields.flag("store", True))
 
 
-def read_next(body: dict[str, Any], model: str, limits: Limits) -> Ask:
+def read_next(body: dict[str, Any], models: Models, limits: Limits) -> Ask:
     """A body of POST /v1/next, this project's own: the next frame or action after `parts`, which are our `Part`s."""
     fields = Fields(body)
     fields.known(("model", "want", "parts", "space", "store", *SAMPLING))
-    check_model(fields, model)
+    adapter = read_model(fields, models)
     want = "frame" if fields.choice("want", None, ("frame", "action")) == "frame" else "action"
     pieces = fields.objects("parts")
     if num_pictures(piece.value for piece in pieces) > limits.max_images:
@@ -131,7 +133,8 @@ def read_next(body: dict[str, Any], model: str, limits: Limits) -> Ask:
     check_text([p.text for p in parts if isinstance(p, Text)], limits)
     params = replace(read_params(fields, limits), seed=fields.integer("seed", 0, 0, MAX_SEED))
     size = {"height": limits.side, "width": limits.side}
-    request = Request(parts=tuple(parts), want=want, params=params, space=fields.text("space", ""), **size)
+    space = fields.text("space", "")
+    request = Request(parts=tuple(parts), want=want, params=params, space=space, adapter=adapter, **size)
     return Ask(requests=(request,), seed=params.seed, store=fields.flag("store", True))
 
 
@@ -222,9 +225,12 @@ def _read_values(fields: Fields) -> np.ndarray:
     return np.array(rows, np.float32)
 
 
-def check_model(fields: Fields, model: str) -> None:
-    if (asked := fields.text("model", model)) != model:
-        raise UnknownModel(f"no model {show(asked)} here; this server has {model!r} (GET /v1/models)")
+def read_model(fields: Fields, models: Models) -> str:
+    """The adapter that a body names as its model; empty for the base."""
+    asked = fields.text("model", models.base)
+    if asked not in models.names:
+        raise UnknownModel(f"no model {show(asked)} here; this server has {models} (GET /v1/models)")
+    return models.adapter(asked)
 
 
 def check_text(texts: Sequence[str], limits: Limits) -> None:
