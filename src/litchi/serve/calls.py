@@ -56,7 +56,7 @@ class Toolbox:
 def read_tools(fields: Fields, style: Style) -> Toolbox:
     """`tools`, `tool_choice` and `parallel_tool_calls` of a body. Raises BadInput, which names the field."""
     value = fields.get("tools")
-    choice = fields.get("tool_choice")
+    choice, parallel = fields.get("tool_choice"), fields.flag("parallel_tool_calls", True)
     if not value:
         if value is not None and not isinstance(value, list):
             raise BadInput(f"{fields.where}tools must be a list of objects")
@@ -73,7 +73,7 @@ def read_tools(fields: Fields, style: Style) -> Toolbox:
         return Toolbox(style)
     told = tuple(json.dumps({"type": "function", "function": f}, ensure_ascii=False) for f in found)
     wanted = found if choice in (None, "auto", "required") else [_chosen(fields, found)]
-    several = choice == "required" and fields.flag("parallel_tool_calls", True)
+    several = choice == "required" and parallel
     grammar = None if choice in (None, "auto") else forced(wanted, style, several=several)
     if grammar is not None:
         if len(grammar.source) > MAX_GRAMMAR:

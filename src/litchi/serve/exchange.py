@@ -263,6 +263,8 @@ def described(error: Exception) -> tuple[int, dict[str, Any]]:
 async def answer_error(_: Request, error: Exception) -> Response:
     status, body = described(error)
     headers = {"Retry-After": str(error.retry_after)} if isinstance(error, Busy) else {}
+    if isinstance(error, HTTPException):
+        headers |= error.headers or {}  # a method that is not allowed comes with those that are
     if status == 500:
         headers["Connection"] = "close"  # the server does close it then, and a client must not ask there again
     return JSONResponse(body, status, headers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -63,6 +63,19 @@ class Fields:
         if not isinstance(value, str) or value not in among:
             raise self._wrong(name, " or ".join(map(repr, among)), value)
         return value
+
+    def inner(self, name: str) -> Fields:
+        """An object, an empty one if it is absent."""
+        value = self.value.get(name)
+        return Fields({} if value is None else value, f"{self.where}{name}.")
+
+    def neutral(self, known: Mapping[str, tuple[Any, ...]]) -> None:
+        """Refuse fields that mean something elsewhere, but at the values that change nothing."""
+        for name, values in known.items():
+            value = self.value.get(name)
+            # As JSON has it: true is not 1, though Python's equality says so.
+            if value is not None and not any(type(value) is type(each) and value == each for each in values):
+                raise BadInput(f"{self.where}{name} is not supported by this server; leave it out")
 
     def objects(self, name: str) -> list[Fields]:
         """A list of objects with at least one member."""

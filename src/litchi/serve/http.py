@@ -25,6 +25,7 @@ from litchi.serve.fields import Fields
 from litchi.serve.guard import SUBPROTOCOL, Guard
 from litchi.serve.limits import decode_picture, encode_png, read_json
 from litchi.serve.metrics import Meter, Metrics
+from litchi.serve.openapi import openapi
 from litchi.serve.params import MAX_SEED
 from litchi.serve.replays import Replays
 from litchi.serve.replies import Replies
@@ -61,6 +62,7 @@ def create_app(config: ServeConfig, worker: Worker, make_room: MakeRoom) -> Fast
 
     # Swagger's page would load scripts from a CDN; the schema itself stays at /openapi.json.
     app = FastAPI(title="Litchi", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.openapi = partial(openapi, config)
     door = Door(config, worker, make_room)
     app.include_router(door.router())
     app.include_router(Texts(door.desk).router())

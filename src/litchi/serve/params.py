@@ -63,7 +63,7 @@ def read_count(fields: Fields, name: str) -> int | None:
 
 
 def read_stop(value: Any) -> tuple[str, ...]:
-    stops = [value] if isinstance(value, str) else value or []
+    stops = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(s, str) and s for s in stops):
         raise BadInput(f"stop must be a string or a list of at most {MAX_STOPS} strings, none empty, got {show(value)}")
     if any(len(stop) > MAX_STOP_LENGTH for stop in stops):
@@ -72,7 +72,7 @@ def read_stop(value: Any) -> tuple[str, ...]:
 
 
 def read_ids(fields: Fields, name: str, most: int) -> tuple[int, ...]:
-    ids = fields.get(name) or []
+    ids = [] if fields.get(name) is None else fields.get(name)
     if not is_ids(ids) or len(ids) > most:
         raise BadInput(f"{fields.where}{name} must be a list of at most {most} token ids, got {show(fields.get(name))}")
     return tuple(ids)

@@ -52,9 +52,7 @@ def read_completion(body: dict[str, Any], models: Models, limits: Limits) -> Con
     own = ("model", "prompt", "n", "stream", "stream_options", "logprobs", "echo")
     fields.known((*own, *SAMPLING, *CHOOSING, *HARMLESS, *NEUTRAL, *GUIDED))
     adapter = read_model(fields, models)
-    for name, values in NEUTRAL.items():
-        if fields.get(name) is not None and fields.get(name) not in values:
-            raise BadInput(f"{name} is not supported by this server; leave it out")
+    fields.neutral(NEUTRAL)
     prompts = read_prompts(fields, "prompt", limits)
     n = fields.integer("n", 1, 1, MAX_N)
     if len(prompts) * n > MAX_PROMPTS:
@@ -64,7 +62,7 @@ def read_completion(body: dict[str, Any], models: Models, limits: Limits) -> Con
     params = replace(params, logprobs=top is not None, top_logprobs=top or 0, grammar=read_grammar(fields))
     if echo and top is not None:
         params = replace(params, prompt_logprobs=max(top, params.prompt_logprobs or 0))
-    options = Fields(fields.get("stream_options") or {}, "stream_options.")
+    options = fields.inner("stream_options")
     options.known(("include_usage", "include_obfuscation", "continuous_usage_stats"))
     each = [repeated(replace(prompt, params=params, adapter=adapter), n) for prompt in prompts]
     return Continuations(
@@ -108,7 +106,8 @@ def read_prompts(fields: Fields, name: str, limits: Limits) -> list[Request]:
     value = fields.get(name)
     if isinstance(value, str) or (is_ids(value) and value):
         value = [value]
-    if not isinstance(value, list) or not value or not (are_texts(value) or all(is_ids(each) for each in value)):
+    lists = isinstance(value, list) and (are_texts(value) or all(is_ids(each) and each for each in value))
+    if not value or not lists:
         raise BadInput(f"{name} must be a text, a list of token ids, or a list of either, and not empty")
     if len(value) > MAX_PROMPTS:
         raise BadInput(f"{name} holds {len(value)} prompts, at most {MAX_PROMPTS} are read at once; send fewer")

@@ -38,6 +38,7 @@ OWN = (
     "model", "input", "instructions", "previous_response_id", "max_output_tokens", "stream", "stream_options", "text",
     "truncation", "include", "background", "reasoning", "max_tool_calls", "top_logprobs", "prompt_cache_retention",
 )  # fmt: skip
+NEUTRAL = {"background": (False,), "truncation": ("disabled",), "include": ([],), "top_logprobs": (0,)}
 
 
 class UnknownResponse(Missing):
@@ -100,8 +101,8 @@ class Replies:
     def router(self) -> APIRouter:
         router = APIRouter()
         router.add_api_route("/v1/responses", self.create, methods=["POST"])
-        router.add_api_route("/v1/responses/{name}", self.retrieve, methods=["GET"])
-        router.add_api_route("/v1/responses/{name}", self.delete, methods=["DELETE"])
+        # One route, so that whoever uses another method is told of both.
+        router.add_api_route("/v1/responses/{name}", self.kept, methods=["GET", "DELETE"])
         return router
 
     async def create(self, request: Request) -> Response:
@@ -112,10 +113,9 @@ class Replies:
         choices = await self.desk.collect(request, turn.ask.requests, writer.receipt)
         return Stopped() if choices is None else JSONResponse(writer.whole(choices[0]))
 
-    async def retrieve(self, name: str) -> Response:
-        return JSONResponse(self.store.get(name)[0])
-
-    async def delete(self, name: str) -> Response:
+    async def kept(self, request: Request, name: str) -> Response:
+        if request.method == "GET":
+            return JSONResponse(self.store.get(name)[0])
         await to_thread.run_sync(self.desk.receipts.drop, name)  # it may be remembered for longer
         self.store.drop(name)
         return JSONResponse({"id": name, "object": "response", "deleted": True})
@@ -128,9 +128,7 @@ def read_turn(body: dict[str, Any], models: Models, limits: Limits, style: Style
     """A body as a chat of the same meaning. Raises BadInput, UnknownModel, UnknownResponse."""
     fields = Fields(body)
     fields.known((*OWN, *SAMPLING, *CHOOSING, *HARMLESS, *TOOLS))
-    for name, neutral in (("background", False), ("truncation", "disabled"), ("include", []), ("top_logprobs", 0)):
-        if fields.get(name) not in (None, neutral):
-            raise BadInput(f"{name} is not supported by this server; leave it out")
+    fields.neutral(NEUTRAL)
     before: list[dict[str, Any]] = []
     if previous := fields.text("previous_response_id", ""):
         before = store.get(previous)[1]
@@ -140,8 +138,9 @@ def read_turn(body: dict[str, Any], models: Models, limits: Limits, style: Style
     chat = {name: body[name] for name in (*SAMPLING, *CHOOSING, *HARMLESS, *TOOLS, "model", "stream") if name in body}
     chat |= {"messages": [*system, *messages]}
     if fields.get("max_output_tokens") is not None:
+        fields.integer("max_completion_tokens", 1, 1, limits.max_tokens)  # not used, but not nonsense either
         chat["max_completion_tokens"] = fields.integer("max_output_tokens", None, 1, limits.max_tokens)
-    text = Fields(fields.get("text") or {}, "text.")
+    text = fields.inner("text")
     text.known(("format", "verbosity"))
     if text.get("format") is not None:
         chat["response_format"] = text.get("format")

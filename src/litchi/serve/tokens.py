@@ -133,20 +133,24 @@ class Tokens:
             ("model", "prompt", "messages", "add_special_tokens", "add_generation_prompt", "return_token_strs")
         )
         read_model(fields, models)
-        strings = fields.flag("return_token_strs")
+        strings, begins = fields.flag("return_token_strs"), fields.flag("add_special_tokens", True)
+        fields.neutral({"add_generation_prompt": (True,)})
+        prompt = fields.text("prompt", "")
+        check_text([prompt], limits)
         if fields.get("messages") is not None:
             parts, _ = read_messages(fields.objects("messages"), limits)
             return self.words.opened(parts), strings
-        text = fields.text("prompt")
-        check_text([text], limits)
+        text = prompt or fields.text("prompt")
         tokenizer = self.words.known.tokenizer
-        begin = getattr(tokenizer, "bos", []) if fields.flag("add_special_tokens", True) else []
+        begin = getattr(tokenizer, "bos", []) if begins else []
         return [*begin, *self.words.ids(text)], strings
 
     def read_ids(self, body: dict[str, Any], models: Models, limits: Limits) -> str:
         fields = Fields(body)
         fields.known(("model", "tokens"))
         read_model(fields, models)
+        if fields.get("tokens") is None:
+            raise BadInput("tokens is missing; send a list of ids")
         ids, tokenizer = read_ids(fields, "tokens", limits.max_text), self.words.known.tokenizer
         if (most := max(ids, default=0)) >= len(tokenizer):
             raise BadInput(f"tokens names the id {most}, this tokenizer knows 0 to {len(tokenizer) - 1}")

@@ -72,9 +72,7 @@ def read_chat(body: dict[str, Any], models: Models, limits: Limits, style: Style
     own = ("model", "messages", "n", "stream", "stream_options", "logprobs", "top_logprobs", "return_token_ids")
     fields.known((*own, *SAMPLING, *CHOOSING, *HARMLESS, *NEUTRAL, *GUIDED, *TOOLS))
     adapter = read_model(fields, models)
-    for name, values in NEUTRAL.items():
-        if fields.get(name) is not None and fields.get(name) not in values:
-            raise BadInput(f"{name} is not supported by this server; leave it out")
+    fields.neutral(NEUTRAL)
     tools, grammar = read_tools(fields, style), read_grammar(fields)
     if tools.grammar is not None and grammar is not None:
         raise BadInput("tool_choice and response_format ask for two answers at once; leave one out")
@@ -85,7 +83,7 @@ def read_chat(body: dict[str, Any], models: Models, limits: Limits, style: Style
     params = replace(params, grammar=tools.grammar or grammar)
     if params.top_logprobs and not params.logprobs:
         raise BadInput("top_logprobs needs logprobs: send true for that as well")
-    options = Fields(fields.get("stream_options") or {}, "stream_options.")
+    options = fields.inner("stream_options")
     options.known(("include_usage", "include_obfuscation"))
     size = {"height": limits.side, "width": limits.side}
     request = Request(parts=parts, want="chat", params=params, tools=tools.told, adapter=adapter, **size)
@@ -153,6 +151,8 @@ def read_messages(
         role = ROLES[message.choice("role", None, tuple(ROLES))]
         content = message.get("content")
         calls = read_calls(message) if role is Role.ASSISTANT else []
+        if not isinstance(content, str | list | None):
+            raise BadInput(f"{message.where}content must be a text or a list of parts, got {show(content)}")
         if calls and not isinstance(content, list):
             parts.append(Text(text=as_said(content if isinstance(content, str) else "", calls, style), role=role))
         elif role is Role.TOOL:
