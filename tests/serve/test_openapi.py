@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -20,7 +21,14 @@ BODIES = {
     "/v1/next": {"want": "action", "parts": [{"type": "text", "text": "a"}]},
     "/tokenize": {"prompt": "a"},
     "/detokenize": {"tokens": [1]},
+    "/v1/weights": {"checkpoint": "a"},
 }
+
+
+@pytest.fixture(scope="module")
+def open_door(served_by) -> Iterator[object]:
+    with served_by(api_key="k", checkpoints=("b",)) as served:
+        yield served
 
 
 def test_every_endpoint_is_described(painter, white_tile) -> None:
@@ -37,14 +45,15 @@ def test_every_endpoint_is_described(painter, white_tile) -> None:
 
 
 @pytest.mark.parametrize("path", BODIES)
-def test_what_is_described_is_what_is_read(door, monkeypatch, path: str) -> None:
+def test_what_is_described_is_what_is_read(open_door, monkeypatch, path: str) -> None:
     read: list[set[str]] = []
     known = Fields.known
     monkeypatch.setattr(
         Fields, "known", lambda self, names: read.append(set(names)) if not self.where else known(self, names)
     )
-    assert httpx.post(door.url + path, json=BODIES[path]).status_code < 500
-    schema = httpx.get(f"{door.url}/openapi.json").json()["paths"][path]["post"]["requestBody"]["content"]
+    with httpx.Client(base_url=open_door.url, headers={"Authorization": "Bearer k"}) as client:
+        assert client.post(path, json=BODIES[path]).status_code < 500
+        schema = client.get("/openapi.json").json()["paths"][path]["post"]["requestBody"]["content"]
     described = schema["application/json"]["schema"]
     assert read[0] == set(described["properties"]) and described["additionalProperties"] is False
 

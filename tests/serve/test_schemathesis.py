@@ -11,7 +11,8 @@ from itertools import count
 
 import pytest
 
-from litchi.cli import find_checkpoint, load_engine
+from litchi.cli import find_checkpoint
+from litchi.serve.loading import load_engine
 from litchi.serve.openapi import openapi
 from litchi.serve.run import ServeConfig
 

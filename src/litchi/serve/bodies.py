@@ -270,3 +270,8 @@ def tokenizing(model: str, limits: Limits) -> Schema:
 
 def detokenizing(model: str, limits: Limits) -> Schema:
     return record({"model": choice(model), "tokens": IDS | {"minItems": 0, "maxItems": limits.max_text}}, "tokens")
+
+
+def swap(checkpoints: tuple[str, ...], model: str, limits: Limits) -> Schema:
+    """Only folders that the server was started with."""
+    return record({"checkpoint": {"enum": list(checkpoints)} if checkpoints else TEXT}, "checkpoint")

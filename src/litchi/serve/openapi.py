@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from litchi.serve import bodies
@@ -55,6 +56,7 @@ VECTORS = told(object=literal("list"), data=ROWS, model=TEXT, usage=told(prompt_
 PICTURES = told(id=TEXT, created=COUNT, data=listed(told(b64_json=TEXT), 1, 64))
 RESPONSE = told(id=TEXT, object=literal("response"), created_at=COUNT, status=TEXT, model=TEXT, output=ROWS)
 IDS = told(count=COUNT, tokens=listed(COUNT, 0, 1 << 20))
+WEIGHTS = told(object=literal("weights"), checkpoints=listed(TEXT, 0, 1 << 20))
 REPLAY = told(id=TEXT, object=literal("receipt.replay"), same={"type": "boolean"}, differs=ROWS)
 
 
@@ -78,12 +80,16 @@ def openapi(config: ServeConfig) -> dict[str, Any]:
         "/v1/embeddings": {"post": ask("One vector for each text", bodies.embedding, VECTORS)},
         "/v1/images/generations": {"post": ask("Pictures from words", bodies.drawing, PICTURES)},
         "/v1/next": {"post": ask("The next frame or action", bodies.following, told(id=TEXT, part=ANYTHING))},
-        "/tokenize": {"post": ask("Ids of a text", bodies.tokenizing, IDS, *(404, 413))},
-        "/detokenize": {"post": ask("The text of ids", bodies.detokenizing, told(prompt=TEXT), *(404, 413))},
+        "/tokenize": {"post": ask("Ids of a text", bodies.tokenizing, IDS, 404, 413)},
+        "/detokenize": {"post": ask("The text of ids", bodies.detokenizing, told(prompt=TEXT), 404, 413)},
         "/tokenizer_info": {"get": page.get("Names of control tokens", told(tokenizer_class=TEXT))},
         "/v1/receipts/{name}": {"get": page.get("What an answer was made of", told(id=TEXT), 404, parameters=name)},
         "/v1/receipts/{name}/replay": {
             "post": page.get("Whether it comes again", REPLAY, 404, 409, 429, 503, parameters=name)
+        },
+        "/v1/weights": {
+            "get": page.get("Which weights answer", WEIGHTS),
+            "post": ask("Other weights take their place", partial(bodies.swap, config.checkpoints), WEIGHTS, 404, 413),
         },
     }
     for verb in (verb for path, verbs in paths.items() if is_open(path) for verb in verbs.values()):

@@ -38,12 +38,12 @@ class Swaps:
 
     def router(self) -> APIRouter:
         router = APIRouter()
-        router.add_api_route("/v1/weights", self.show, methods=["GET"])
-        router.add_api_route("/v1/weights", self.swap, methods=["POST"])
+        # One route, so that whoever uses another method is told of both.
+        router.add_api_route("/v1/weights", self.weights, methods=["GET", "POST"])
         return router
 
-    async def show(self) -> Response:
-        return JSONResponse(self.state())
+    async def weights(self, request: Request) -> Response:
+        return await self.swap(request) if request.method == "POST" else JSONResponse(self.state())
 
     async def swap(self, request: Request) -> Response:
         """Load a folder beside what answers now, and let it answer from then on; the reply comes when it does.
