@@ -1,11 +1,12 @@
-"""Verbs about layouts and steps: what `litchi certify`, `plan`, `bench` and `train --replay` do and print."""
+"""Verbs about layouts, steps and speed: what `litchi certify`, `plan`, `bench` and `train --replay` do and print."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from litchi.record import Progress, table
 if TYPE_CHECKING:
     from litchi.parallel.anatomy import Workload
     from litchi.run import Run
+    from litchi.serve.crowd import Report
     from litchi.train.certify import Finding
     from litchi.train.replay import Replay
 
@@ -104,6 +106,11 @@ def workload_of(run: Run) -> Workload:
 
 
 def bench(args: argparse.Namespace) -> int:
+    """Measure this machine (hardware) for `litchi plan`, or a server (serve) that speaks as OpenAI's does."""
+    return args.measure(args)
+
+
+def bench_hardware(args: argparse.Namespace) -> int:
     """Measure this machine for `litchi plan`: products, passes over memory, and what its ranks exchange."""
     from litchi.parallel.crew import Crew
     from litchi.parallel.gauge import gauge, show
@@ -117,6 +124,60 @@ def bench(args: argparse.Namespace) -> int:
     show(machine)
     print(f"{args.out}: read by `litchi plan --cluster cpu:1x{machine.ranks}`, or anywhere with --machine")
     return 0
+
+
+def bench_serve(args: argparse.Namespace) -> int:
+    """Send a crowd of clients to a server, and say how long they waited; 1 if any was not answered."""
+    from litchi.serve.crowd import Plan, crowd, read_bodies
+
+    for name in ("requests", "concurrency", "prompt_tokens", "max_tokens"):
+        if getattr(args, name) < 1:
+            raise BadInput(f"--{name.replace('_', '-')} must be at least 1")
+    if not 0 <= args.rate < 1e6:
+        raise BadInput("--rate must be visitors a second, or 0 for a closed loop")
+    plan = Plan(
+        url=args.url,
+        model=args.model,
+        key=args.key,
+        requests=args.requests,
+        concurrency=args.concurrency,
+        rate=args.rate,
+        prompt_tokens=args.prompt_tokens,
+        max_tokens=args.max_tokens,
+        bodies=read_bodies(args.prompts) if args.prompts else (),
+        ignore_eos=args.ignore_eos,
+        seed=args.seed,
+    )
+    with Progress(plan.requests, "answers") as progress:
+        found = crowd(plan, lambda visit: progress.advance(note=visit.error))
+    row = json.dumps(asdict(found) | {"plan": {name: getattr(plan, name) for name in ASKED}})
+    if args.out:
+        with args.out.open("a", encoding="utf-8") as file:
+            file.write(row + "\n")
+    if args.json:
+        print(row)
+    else:
+        show_crowd(found)
+    return 0 if found.answered == found.requests else 1
+
+
+ASKED = ("requests", "concurrency", "rate", "prompt_tokens", "max_tokens", "ignore_eos", "seed")
+"""What of a plan stands in a row: not the key."""
+
+
+def show_crowd(found: Report) -> None:
+    kinds = {"first piece": found.first, "from piece to piece": found.between, "a token": found.per_token}
+    rows = []
+    for name, spreads in (kinds | {"whole answer": found.whole}).items():
+        cells = ["-" if s is None else f"{1000 * s.value:.1f}" for s in spreads.values()]
+        ranges = ["-" if s is None else f"{1000 * s.low:.1f} to {1000 * s.high:.1f}" for s in spreads.values()]
+        rows.append([name, cells[0], ranges[0], cells[1], ranges[1]])
+    table(f"{found.model} at {found.url}, milliseconds", ["", "p50", "95 % within", "p99", "95 % within"], rows)
+    counted = "" if found.counted else " (pieces: the server does not count)"
+    print(f"{found.answered} of {found.requests} answered in {found.seconds:.1f} s", end="")
+    print("".join(f"; {kind}: {count}" for kind, count in found.errors.items()))
+    print(f"{found.tokens} tokens{counted} for {found.prompt_tokens} of prompts: ", end="")
+    print(f"{found.tokens_per_second:.1f} tokens/s, {found.requests_per_second:.2f} answers/s")
 
 
 def add_plan_arguments(sub: argparse.ArgumentParser) -> None:
@@ -140,6 +201,29 @@ def add_plan_arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def add_bench_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("what", choices=("hardware",), help="what to measure")
-    sub.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="numbers of ranks (default 1 2 4)")
-    sub.add_argument("--out", type=Path, default=Path("runs/hardware.json"), help="the file to write")
+    measures = sub.add_subparsers(dest="what", required=True, metavar="WHAT")
+    hardware = measures.add_parser("hardware", help=first_line(bench_hardware), description=bench_hardware.__doc__)
+    hardware.set_defaults(measure=bench_hardware)
+    hardware.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="numbers of ranks (default 1 2 4)")
+    hardware.add_argument("--out", type=Path, default=Path("runs/hardware.json"), help="the file to write")
+    serve = measures.add_parser("serve", help=first_line(bench_serve), description=bench_serve.__doc__)
+    serve.set_defaults(measure=bench_serve)
+    serve.add_argument("--url", default="http://127.0.0.1:8000", help="where the server is (default %(default)s)")
+    serve.add_argument("--model", default="", help="its name there (default the first that the server names)")
+    serve.add_argument("--key", default=os.environ.get("OPENAI_API_KEY", ""), help="default $OPENAI_API_KEY")
+    serve.add_argument("--requests", type=int, default=100, help="how many questions (default 100)")
+    serve.add_argument("--concurrency", type=int, default=8, help="how many at once, in a closed loop (default 8)")
+    serve.add_argument("--rate", type=float, default=0.0, help="visitors a second, at random; instead of the loop")
+    serve.add_argument("--prompt-tokens", type=int, default=64, help="of a question, about (default 64)")
+    serve.add_argument("--max-tokens", type=int, default=64, help="of an answer, at most (default 64)")
+    serve.add_argument("--prompts", type=Path, metavar="FILE", help="questions as JSON lines, asked in turn")
+    serve.add_argument(
+        "--ignore-eos", action="store_true", help="answers as long as they may be, where servers know it"
+    )
+    serve.add_argument("--seed", type=int, default=0, help="of words and arrivals")
+    serve.add_argument("--out", type=Path, metavar="FILE", help="append a row of JSON")
+    serve.add_argument("--json", action="store_true", help="print the row instead of the table")
+
+
+def first_line(function: Callable[[argparse.Namespace], int]) -> str:
+    return (function.__doc__ or "").split("\n")[0]
