@@ -139,6 +139,31 @@ def test_ten_keys_walk_through_the_dream(page):
     assert source(page, "#play-dream") == dreams[0]
 
 
+def test_a_forked_world_goes_its_own_way(page, tmp_path):
+    page.click("#tab-play")
+    expect(page.locator("#play-badge")).to_have_text("same as the real room")
+    expect(page.locator("#play-forks")).to_be_hidden()
+    for step, key in enumerate(("ArrowRight", "ArrowUp", "ArrowUp"), 1):
+        page.keyboard.press(key)
+        expect(page.locator("#play-step")).to_have_text(str(step))
+    before = [source(page, name) for name in ("#play-dream", "#play-real")]
+    page.click("#play-fork")
+    expect(page.locator("#play-forks button.primary")).to_have_text("World 2")
+    expect(page.locator("#play-line button")).to_have_count(4)
+    assert [source(page, name) for name in ("#play-dream", "#play-real")] == before
+    page.keyboard.press("ArrowLeft")
+    expect(page.locator("#play-step")).to_have_text("4")
+    assert source(page, "#play-real") != before[1]
+    page.screenshot(path=tmp_path / "fork.png", full_page=True)
+    page.click("#play-forks button >> nth=0")
+    expect(page.locator("#play-step")).to_have_text("3")
+    assert [source(page, name) for name in ("#play-dream", "#play-real")] == before
+    page.click("#play-rewind")
+    expect(page.locator("#play-step")).to_have_text("2")
+    page.click("#play-forks button >> nth=1")
+    expect(page.locator("#play-step")).to_have_text("4")
+
+
 def test_the_model_plays_until_it_is_stopped(page):
     page.click("#tab-play")
     expect(page.locator("#play-badge")).to_have_text("same as the real room")

@@ -16,11 +16,15 @@ exceptions = pytest.importorskip("websockets.exceptions")
 
 
 class Player:
-    def __init__(self, url: str, **more: object):
-        self.connection = sync.connect(url.replace("http", "ws") + "/v1/worlds", **more)
+    def __init__(self, url: str, fork: str = "", **more: object):
+        query = f"?fork={fork}" if fork else ""
+        self.connection = sync.connect(url.replace("http", "ws") + "/v1/worlds" + query, **more)
 
     def __call__(self, kind: str, **more: object) -> dict:
         self.socket.send(json.dumps({"type": kind, **more}))
+        return json.loads(self.socket.recv(timeout=20))
+
+    def read(self) -> dict:
         return json.loads(self.socket.recv(timeout=20))
 
     def raw(self, message: str | bytes) -> dict:
@@ -175,3 +179,113 @@ def test_a_room_is_shown_as_the_world_begins(door):
     )
     with Player(door.url) as play:
         assert np.array_equal(pixels(play("start", seed=6)["real"]), np.array(Pillow.open(io.BytesIO(answer.content))))
+
+
+# ---- forks --------------------------------------------------------------------------------------------------------
+
+
+def lived(url: str, *actions: str) -> list[dict]:
+    """The frames of a session that goes straight on."""
+    with Player(url) as play:
+        return [play("start", seed=5), *(play("action", action=action) for action in actions)]
+
+
+def shown(frame: dict) -> dict:
+    return {name: value for name, value in frame.items() if name != "ms"}
+
+
+def assert_same(frames: list[dict], others: list[dict]) -> None:
+    assert [shown(frame) for frame in frames] == [shown(frame) for frame in others]
+
+
+def places(url: str, wanted: int) -> bool:
+    """Whether so many places are taken, soon: a socket that was closed is noticed a moment later."""
+    return any(httpx.get(f"{url}/health").json()["worlds"] == wanted for _ in range(500))
+
+
+@pytest.mark.parametrize("drift", [False, True])
+def test_a_fork_has_the_same_past_and_a_future_of_its_own(serve, drift: bool):
+    with serve(drift=drift) as served, Player(served.url) as play:
+        frames = [play("start", seed=5), *(play("action", action=a) for a in ("right", "right", "forward"))]
+        made = play("fork", step=1)
+        assert made["type"] == "fork" and made["step"] == 1
+        with Player(served.url, made["fork"]) as other:
+            first = other.read()
+            assert_same([first], frames[1:2])
+            theirs = [other("action", action=a) for a in ("forward", "left", "left")]
+            ours = play("action", action="left")
+            assert_same([first, *theirs], lived(served.url, "right", "forward", "left", "left")[1:])
+            assert_same([*frames, ours], lived(served.url, "right", "right", "forward", "left"))
+            assert ours["step"] == 4 and theirs[-1]["diverged_at"] == (3 if drift else None), "each has its simulator"
+
+
+def test_rewinding_either_of_two_leaves_the_other_where_it_is(serve):
+    with serve(drift=True) as served, Player(served.url) as play:
+        [play("start", seed=5), *(play("action", action=a) for a in ("right", "right"))]
+        with Player(served.url, play("fork")["fork"]) as other:
+            assert other.read()["step"] == 2 and play("rewind", step=0)["step"] == 0
+            assert_same([other("action", action="right")], lived(served.url, "right", "right", "right")[3:])
+            assert other("rewind", step=0)["step"] == 0
+            assert_same([play("action", action="forward")], lived(served.url, "forward")[1:])
+            assert_same([other("action", action="left")], lived(served.url, "left")[1:])
+
+
+def test_a_fork_outlives_its_parent_and_can_be_forked_itself(serve):
+    with serve() as served:
+        with Player(served.url) as play:
+            play("start", seed=5)
+            other = Player(served.url, play("fork")["fork"])
+            with other:
+                other.read()
+                play.socket.close()
+                other("action", action="right")
+                with Player(served.url, other("fork", step=1)["fork"]) as third:
+                    again = [third.read(), third("action", action="left")]
+                    assert_same(again, lived(served.url, "right", "left")[1:])
+        assert places(served.url, 0)
+
+
+def test_a_dream_from_a_picture_can_be_forked(door):
+    out = io.BytesIO()
+    Pillow.fromarray(np.arange(64 * 64 * 3, dtype=np.uint8).reshape(64, 64, 3)).save(out, "PNG")
+    with Player(door.url) as play:
+        frame = play("start", image="data:image/png;base64," + base64.b64encode(out.getvalue()).decode())
+        with Player(door.url, play("fork", step=0)["fork"]) as other:
+            assert_same([other.read()], [frame])
+            assert other("action", action="left")["real"] is None
+
+
+def test_forks_take_places_and_give_them_back(serve):
+    with serve(max_worlds=2) as served:
+        with Player(served.url) as play:
+            play("start", seed=0)
+            made = play("fork")["fork"]
+            assert "too many" in play("fork")["message"] and places(served.url, 2)
+            with Player(served.url) as third:
+                assert "too many" in third.read()["message"]
+            with Player(served.url, made) as other:
+                assert other.read()["step"] == 0 and "too many" in other("fork")["message"]
+                with Player(served.url, made) as late:
+                    assert "taken up" in late.read()["message"], "a fork is taken up once"
+            assert places(served.url, 1)
+            left = play("fork")["fork"]
+        assert places(served.url, 0), "what nobody took up ends with the session that made it"
+        with Player(served.url, left) as late:
+            assert "no fork" in late.read()["message"]
+            with pytest.raises(exceptions.ConnectionClosed) as closed:
+                late.read()
+        assert closed.value.rcvd.code == 1008
+
+
+def test_a_fork_asks_for_the_key_and_for_a_step_that_was(serve):
+    key = {"additional_headers": {"Authorization": "Bearer k"}}
+    with serve(api_key="k") as served, Player(served.url, **key) as play:
+        assert "start" in play("fork")["message"]
+        play("start", seed=0)
+        for step in (1, -1, "0", 1.5, True):
+            assert play("fork", step=step)["type"] == "error", step
+        made = play("fork")["fork"]
+        with pytest.raises(exceptions.InvalidStatus), Player(served.url, made):
+            pass
+        with Player(served.url, made, **key) as other:
+            assert other.read()["step"] == 0, "who was refused at the door has taken nothing up"

@@ -1,10 +1,8 @@
-"""The door: HTTP endpoints over a `Worker`, and world sessions over a WebSocket, which compute nothing themselves."""
+"""The door: HTTP endpoints over a `Worker`, which compute nothing themselves."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict
@@ -14,26 +12,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote
 
 from anyio import to_thread
-from fastapi import APIRouter, FastAPI, Query, Request, Response, WebSocket, WebSocketDisconnect
+from fastapi import APIRouter, FastAPI, Query, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
 
-from litchi.config import BadInput
 from litchi.serve import answers, wire
 from litchi.serve.exchange import HANDLERS, Desk, Stopped
-from litchi.serve.fields import Fields
-from litchi.serve.guard import SUBPROTOCOL, Guard
-from litchi.serve.limits import decode_picture, encode_png, read_json
+from litchi.serve.guard import Guard
+from litchi.serve.limits import encode_png
 from litchi.serve.metrics import Meter, Metrics
 from litchi.serve.openapi import openapi
 from litchi.serve.params import MAX_SEED
 from litchi.serve.replays import Replays
 from litchi.serve.replies import Replies
-from litchi.serve.sessions import ACTIONS, MakeRoom, World, frame_of
+from litchi.serve.sessions import MakeRoom, frame_of
 from litchi.serve.swaps import Swaps
 from litchi.serve.texts import Texts
 from litchi.serve.tokens import Tokens, Words
-from litchi.serve.worker import Busy, Worker
+from litchi.serve.worker import Worker
+from litchi.serve.worlds import Worlds, room_of
 
 if TYPE_CHECKING:
     from litchi.serve.run import ServeConfig
@@ -86,7 +83,7 @@ class Door:
         self.limits, self.metrics = config.limits, Metrics()
         self.desk = Desk(config, worker, self.metrics)
         self.words = Words.of(worker.sampler)
-        self.worlds = 0
+        self.worlds = Worlds(config, worker, make_room)
 
     def router(self) -> APIRouter:
         router = APIRouter()
@@ -100,7 +97,7 @@ class Door:
         router.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
         router.add_api_route("/v1/images/generations", self.draw, methods=["POST"])
         router.add_api_route("/v1/next", self.next, methods=["POST"])
-        router.add_api_websocket_route("/v1/worlds", self.world)
+        router.add_api_websocket_route("/v1/worlds", self.worlds.session)
         return router
 
     async def page(self) -> Response:
@@ -113,12 +110,14 @@ class Door:
         alive = self.worker.alive
         body = {"status": "ok" if alive else "the worker stopped", "model": self.config.model}
         body["mode"] = self.worker.answerer.mode
-        return JSONResponse(body | {"queue": asdict(self.worker.load()), "worlds": self.worlds}, 200 if alive else 503)
+        return JSONResponse(
+            body | {"queue": asdict(self.worker.load()), "worlds": self.worlds.count}, 200 if alive else 503
+        )
 
     async def measure(self) -> Response:
         load = self.worker.load()
         gauges = {"queue_running": load.running, "queue_waiting": load.waiting, "queue_max_waiting": load.max_waiting}
-        gauges |= {"worlds": self.worlds, "worker_alive": int(self.worker.alive)}
+        gauges |= {"worlds": self.worlds.count, "worker_alive": int(self.worker.alive)}
         text = self.metrics.text(gauges | self.worker.answerer.gauges())
         return Response(text, media_type="text/plain; version=0.0.4")
 
@@ -135,7 +134,7 @@ class Door:
 
     async def room(self, seed: Annotated[int, Query(ge=0, le=MAX_SEED)], env: str = "") -> Response:
         """The first frame of a room as PNG; its task stands percent-encoded in X-Litchi-Task."""
-        made = await to_thread.run_sync(self.make_room, self._env(env), seed)
+        made = await to_thread.run_sync(self.make_room, room_of(self.config, env), seed)
         seen = await to_thread.run_sync(made.reset, seed)
         headers = {"X-Litchi-Task": quote(made.task), "Cache-Control": "no-store"}
         return Response(encode_png(frame_of(seen)), media_type="image/png", headers=headers)
@@ -161,72 +160,3 @@ class Door:
         name = answers.fresh("next")
         made = await self.desk.collect(request, ask.requests, name if ask.store else "")
         return Stopped() if made is None else JSONResponse({"id": name} | answers.next_part(made[0]))
-
-    async def world(self, socket: WebSocket) -> None:
-        """One world session, from its socket's opening to its closing."""
-        offered = socket.scope.get("subprotocols", [])
-        await socket.accept(subprotocol=SUBPROTOCOL if SUBPROTOCOL in offered else None)
-        if self.worlds >= self.config.max_worlds:
-            await socket.send_json({"type": "error", "message": "too many world sessions; try again later"})
-            await socket.close(1013)
-            return
-        self.worlds += 1
-        world: World | None = None
-        try:
-            while True:
-                began = time.perf_counter()
-                try:
-                    world = await self._turn(await _message(socket), world)
-                    reply = world.frame(1000 * (time.perf_counter() - began))
-                except (BadInput, Busy) as error:
-                    reply = {"type": "error", "message": str(error)}
-                except (WebSocketDisconnect, asyncio.CancelledError):
-                    raise
-                except Exception:
-                    log.exception("a world session failed at one message")
-                    reply = {"type": "error", "message": "the server failed at this message; its log says why"}
-                await socket.send_json(reply)
-        except WebSocketDisconnect:
-            pass
-        finally:
-            self.worlds -= 1
-
-    async def _turn(self, message: dict[str, Any], world: World | None) -> World:
-        """The session after one message."""
-        fields = Fields(message)
-        kind = fields.choice("type", None, ("start", "action", "policy", "rewind", "reset"))
-        if kind == "start":
-            return await self._start(fields)
-        if world is None:
-            raise BadInput('no world yet; send {"type": "start", "seed": 0} first')
-        match kind:
-            case "action":
-                await world.act(ACTIONS.index(fields.choice("action", None, ACTIONS)))
-            case "policy":
-                await world.act(await world.choose(fields.text("instruction", "")))
-            case "rewind":
-                await world.rewind(fields.integer("step", None, 0, self.config.max_world_steps))
-            case _:
-                await world.rewind(0)
-        return world
-
-    async def _start(self, fields: Fields) -> World:
-        context, steps = self.config.context_frames, self.config.max_world_steps
-        if fields.get("image") is not None:
-            picture = await to_thread.run_sync(decode_picture, fields.text("image"), self.limits, "image")
-            return World.in_picture(self.worker, context, steps, picture.pixels)
-        name, seed = self._env(fields.text("env", "")), fields.integer("seed", 0, 0, MAX_SEED)
-        return await World.in_room(self.worker, context, steps, self.make_room, name, seed)
-
-    def _env(self, name: str) -> str:
-        # Only listed names: a simulator's registry imports modules that a name mentions.
-        if name and name not in self.config.envs:
-            raise BadInput(f"no room {name[:80]!r} here; choose among {', '.join(self.config.envs)}")
-        return name or self.config.envs[0]
-
-
-async def _message(socket: WebSocket) -> dict[str, Any]:
-    received = await socket.receive()
-    if received["type"] == "websocket.disconnect":
-        raise WebSocketDisconnect(received.get("code", 1000))
-    return read_json(received.get("text") or received.get("bytes") or b"")

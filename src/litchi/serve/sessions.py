@@ -1,13 +1,15 @@
 """A world session: one room lived twice under the same actions, in the simulator and in the model's dream.
 
 The dream never sees the simulator again after its first frame, so that what differs is the model's own doing. The
-simulator has no undo: a rewind starts it again from its seed and repeats the actions that are kept.
+simulator has no undo: a rewind starts it again from its seed and repeats the actions that are kept, and a fork does so
+with a simulator of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -52,15 +54,18 @@ class World:
     context_frames: int
     max_steps: int
     env: Env | None = None
+    remake: Callable[[], Env] | None = None
+    """Another simulator of the same room, for a fork."""
     seed: int = 0
     task: str = ""
     moments: list[Moment] = field(default_factory=list)
 
     @classmethod
     async def in_room(cls, worker: Worker, context: int, steps: int, make: MakeRoom, name: str, seed: int) -> World:
-        env = await to_thread.run_sync(make, name, seed)
+        remake = partial(make, name, seed)
+        env = await to_thread.run_sync(remake)
         first = frame_of(await to_thread.run_sync(env.reset, seed))
-        return cls(worker, context, steps, env, seed, env.task, [Moment(first, first)])
+        return cls(worker, context, steps, env, remake, seed, env.task, [Moment(first, first)])
 
     @classmethod
     def in_picture(cls, worker: Worker, context: int, steps: int, pixels: Pixels) -> World:
@@ -88,12 +93,18 @@ class World:
 
     async def rewind(self, step: int) -> None:
         """Back to the moment `step`; later ones are forgotten."""
-        if not 0 <= step < len(self.moments):
-            raise BadInput(f"step must be from 0 to {len(self.moments) - 1}, got {step}")
+        kept = self._until(step)
         if self.env is not None:
-            kept = [Action.discrete(m.action, SPACE) for m in self.moments[1 : step + 1] if m.action is not None]
             await to_thread.run_sync(replay, self.env, self.seed, kept)
         del self.moments[step + 1 :]
+
+    async def fork(self, step: int) -> World:
+        """A session of its own, whose past is this one's up to the moment `step`; neither knows of the other."""
+        kept, env = self._until(step), None
+        if self.remake is not None:
+            env = await to_thread.run_sync(self.remake)
+            await to_thread.run_sync(replay, env, self.seed, kept)
+        return replace(self, env=env, moments=self.moments[: step + 1])
 
     def frame(self, ms: float) -> dict[str, Any]:
         """The message that shows the present moment. `ms` is the time it took to make."""
@@ -115,6 +126,12 @@ class World:
             "task": self.task,
             "ms": round(ms, 1),
         }
+
+    def _until(self, step: int) -> list[Action]:
+        """The actions that led to a moment. Raises BadInput for one that has not been."""
+        if not 0 <= step < len(self.moments):
+            raise BadInput(f"step must be from 0 to {len(self.moments) - 1}, got {step}")
+        return [Action.discrete(m.action, SPACE) for m in self.moments[1 : step + 1] if m.action is not None]
 
     def _history(self) -> tuple[Part, ...]:
         """The last dreamed frames with the actions between them, beginning and ending with a frame."""

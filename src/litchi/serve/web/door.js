@@ -59,9 +59,10 @@ export async function draw(prompt, seed) {
   return { url: `data:image/png;base64,${made.b64_json}`, plan: made.revised_prompt ?? "", seed: body.seed };
 }
 
-/** A world session's socket. */
-export function world() {
+/** A world session's socket; with the name of a fork, that fork's. */
+export function world(fork) {
   const address = new URL("v1/worlds", location.href);
+  if (fork) address.searchParams.set("fork", fork);
   address.protocol = address.protocol.replace("http", "ws");
   // Browsers set no headers on a socket; base64url is what a subprotocol may hold.
   const packed = key ? btoa(String.fromCharCode(...new TextEncoder().encode(key))) : "";
