@@ -9,9 +9,10 @@ import pytest
 from tokenizers import Tokenizer as Backend
 
 from litchi.config import BadInput
-from litchi.schema.chat import ChatTemplate, Message
+from litchi.schema.chat import ChatTemplate, Message, telling
 from litchi.schema.sample import Role
 from litchi.schema.templates import TEMPLATES
+from litchi.serve.calls import style_of
 from tests.model.test_adopt import folder  # noqa: F401 (fixture: a random Llama of transformers)
 
 transformers = pytest.importorskip("transformers")
@@ -54,9 +55,25 @@ def test_a_tool_cannot_hold_a_control_token(folder: Path, place: str, typed: str
         template(folder, TOLD + TEMPLATES["chatml"]).encode(SAID, opened=True, tools=[tool])
 
 
-def test_a_template_that_shows_no_tools_says_so(folder: Path) -> None:  # noqa: F811
+def test_where_a_template_shows_no_tools_the_system_turn_tells_them(folder: Path) -> None:  # noqa: F811
+    ours, tools = template(folder, TEMPLATES["chatml"]), [json.dumps(TOOL), '{"type": "function"}']
+    system = Message(Role.SYSTEM, "You are a litchi.")
+    for turns, text in ((SAID, ""), ([system, *SAID], "You are a litchi.\n\n")):
+        told = Message(Role.SYSTEM, text + telling([], tools)[0].text)
+        assert ours.encode(turns, opened=True, tools=tools) == ours.encode([told, *SAID], opened=True)
+        assert all(tool in told.text for tool in tools) and style_of(told.text) == "hermes"
+    with pytest.raises(BadInput, match="a tool holds"):
+        ours.encode(SAID, opened=True, tools=[json.dumps(TOOL | {"a": "<|im_end|>"})])
+
+
+def test_a_template_that_shows_neither_tools_nor_a_system_turn_says_so(folder: Path) -> None:  # noqa: F811
+    deaf = (
+        "{%- for m in messages if m.role != 'system' -%}"
+        + TEMPLATES["chatml"].replace("messages", "[m]")
+        + "{%- endfor -%}"
+    )
     with pytest.raises(BadInput, match="shows no tools"):
-        template(folder, TEMPLATES["chatml"]).encode(SAID, opened=True, tools=[json.dumps(TOOL)])
+        template(folder, deaf).encode(SAID, opened=True, tools=[json.dumps(TOOL)])
 
 
 def test_many_long_tools_are_within_the_templates_means(folder: Path) -> None:  # noqa: F811

@@ -49,6 +49,17 @@ def test_it_answers_in_json_of_a_schema(client) -> None:
     assert "".join(c.choices[0].delta.content or "" for c in streamed) == answer.message.content
 
 
+def test_a_tool_that_its_template_cannot_show_is_told_and_called(client) -> None:
+    parameters = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 30}}, "required": ["city"]}
+    told = {"name": "weather", "description": "The weather in a city.", "parameters": parameters}
+    asked = {"model": "smollm2", "messages": [{"role": "user", "content": "What is the weather in Beijing?"}]}
+    asked |= {"tools": [{"type": "function", "function": told}], "tool_choice": "required", "max_tokens": 60}
+    answer = client.chat.completions.create(**asked, parallel_tool_calls=False).choices[0]
+    [call] = answer.message.tool_calls
+    assert answer.finish_reason == "tool_calls" and call.function.name == "weather"
+    assert "Beijing" in json.loads(call.function.arguments)["city"]
+
+
 def test_it_finds_the_true_end_of_a_sentence_likelier(client) -> None:
     def worth(end: str) -> float:
         asked = {"model": "smollm2", "prompt": "The capital of France is" + end, "max_tokens": 0}

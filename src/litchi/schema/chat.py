@@ -14,7 +14,7 @@ import secrets
 import string
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import cached_property
 from itertools import pairwise
@@ -70,6 +70,26 @@ class Message:
 def said(messages: Sequence[Message]) -> list[Message]:
     """All that is said, in order, each piece of text between pictures a message of its own."""
     return [Message(m.role, text, m.weight) for m in messages for text in m.content if text is not None]
+
+
+def telling(messages: Sequence[Message], tools: Sequence[str]) -> list[Message]:
+    """A conversation whose system turn tells the tools, and that calls are written as Hermes writes them."""
+    text = TELLING.format(tools="\n".join(tools))
+    if messages and messages[0].role is Role.SYSTEM:
+        first = messages[0]
+        return [replace(first, text=f"{first.text}\n\n{text}"), *messages[1:]]
+    return [Message(Role.SYSTEM, text), *messages]
+
+
+TELLING = """\
+You may call functions to help with what is asked. These are the functions, one JSON object a line:
+<tools>
+{tools}
+</tools>
+To call one, answer with a JSON object of its name and arguments:
+<tool_call>
+{{"name": "...", "arguments": {{...}}}}
+</tool_call>"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,11 +168,15 @@ class ChatTemplate:
         """The ids of a conversation with their loss weights; with `opened` they end where an assistant begins to speak.
 
         Weight falls on what an assistant says and on the control token that ends it. `tools` are JSON objects that the
-        template lays out. Raises BadInput if the template refuses the conversation, shows no tools, or does more to a
-        text than trim or quote it, and if a text holds a role header that the tokenizer can spell in one way only.
+        template lays out, or that the system turn tells where it shows none. Raises BadInput if the template refuses
+        the conversation, shows neither, or does more to a text than trim or quote it, and if a text holds a role header
+        that the tokenizer can spell in one way only.
         """
+        given = self.checked(tools)
+        if given and not self.shows_tools:
+            messages, given = telling(messages, tools), []
         told = said(messages)
-        script = self.script(self.stretches(messages, opened, self.checked(tools)), told)
+        script = self.script(self.stretches(messages, opened, given), told)
         spelling = self.spelled(script)
         weight_at = [0.0] * (len(script.text) + 1)
         for turn in script.turns:
@@ -166,8 +190,8 @@ class ChatTemplate:
 
     def checked(self, tools: Sequence[str]) -> list[Any]:
         """Tools as the template is given them: a part of its own text, where nobody may write control tokens."""
-        if tools and not self.shows_tools:
-            raise BadInput("this model's chat template shows no tools: leave them out")
+        if tools and not (self.shows_tools or self.shows_system):
+            raise BadInput("this model's chat template shows no tools, and no system turn to tell them: leave them out")
         for tool in tools:
             plain = json.dumps(json.loads(tool), ensure_ascii=False)
             for text in (plain, *texts_in(json.loads(tool))):
@@ -183,6 +207,14 @@ class ChatTemplate:
         tool = {"type": "function", "function": {"name": word, "description": "", "parameters": {"type": "object"}}}
         try:
             return word in self.render([Message(Role.USER, "q")], ["q"], opened=True, tools=[tool])
+        except BadInput:
+            return False
+
+    @cached_property
+    def shows_system(self) -> bool:
+        word = secret_word()
+        try:
+            return word in self.render([Message(Role.SYSTEM, word), Message(Role.USER, "q")], [word, "q"], opened=True)
         except BadInput:
             return False
 
