@@ -22,6 +22,7 @@ from litchi.schema.processor import Builder, Continuous, Discrete, Processor, gr
 from litchi.schema.request import DRAWING, Delta, Request, SamplingParams, Scored
 from litchi.schema.sample import Action, Image, Role
 from litchi.schema.sequence import Modality
+from litchi.schema.speech import Speech
 
 CANNOT_DRAW = "this checkpoint has no codec, so that it cannot draw: ask it for words"
 
@@ -117,8 +118,7 @@ class Program:
         tokenizer, params, chooser = self.processor.tokenizer, self.params, self.chooser
         first_V = yield from self.tell_prompt()
         chooser.begin(self.builder.tokens)
-        ids: list[int] = []
-        said = ""
+        speech, said = Speech(tokenizer.sounds), ""
         for count in range(1, params.max_tokens + 1):
             scores_V = first_V if first_V is not None and count == 1 else (yield from self.scores())
             index = chooser.choose(scores_V, count, pictures=self.request.want == "chat")
@@ -126,7 +126,7 @@ class Program:
             if index in chooser.ends:
                 matched = index if index in params.stop_token_ids else None
                 ended = next(iter(told.scored), None)
-                yield Delta(text=tokenizer.decode(ids)[len(said) :], finish="stop", matched=matched, ended=ended)
+                yield Delta(text=speech.text[len(said) :], finish="stop", matched=matched, ended=ended)
                 return
             chooser.say(index)
             self.builder.token(index)
@@ -134,8 +134,7 @@ class Program:
                 picture = yield from self.draw(Role.ASSISTANT, drawing(params))
                 yield replace(told, part=picture, finish="stop")
                 return
-            ids.append(index)
-            text = tokenizer.decode(ids)
+            text = speech.add(index)
             # What may begin a stop string has not been said yet.
             cuts = [(place, stop) for stop in params.stop if (place := text.find(stop, len(said))) >= 0]
             if cuts and count >= params.min_tokens:
@@ -150,7 +149,7 @@ class Program:
             said = text[:sure]
             if self.full():
                 break
-        yield Delta(text=tokenizer.decode(ids)[len(said) :], finish="length")
+        yield Delta(text=speech.text[len(said) :], finish="length")
 
     def tell_prompt(self) -> Generator[Read | Delta, Tensor | None, Tensor | None]:
         """What each token of the prompt was worth, if that is asked; then also the scores (V,) of the next token."""

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from litchi.schema.sample import Role
+from litchi.schema.speech import Sounds
 from litchi.schema.spelling import Spellings
 
 PAD, END, PICTURE, PATCH = "<|pad|>", "<|end|>", "<|image|>", "<|patch|>"
@@ -75,6 +76,10 @@ class Tokenizer:
     @cached_property
     def spellings(self) -> Spellings:
         return Spellings(self.backend)
+
+    @cached_property
+    def sounds(self) -> Sounds:
+        return Sounds(self.backend)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, control tokens left out."""
