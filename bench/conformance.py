@@ -204,7 +204,13 @@ def schemathesis() -> list[list[Any]]:
     program = Path(sys.executable).with_name("schemathesis")
     with door("tiny", f"serve.api_key={KEY}", "serve.max_tokens=1") as address:
         command = [str(program), "run", f"{address}/openapi.json", "-H", f"Authorization: Bearer {KEY}", "--seed", "1"]
-        command += ["--max-examples", str(EXAMPLES), "--phases", "examples,coverage,fuzzing", "--continue-on-failure"]
+        command += [
+            "--max-examples",
+            str(EXAMPLES),
+            "--phases",
+            "examples,coverage,fuzzing,stateful",
+            "--continue-on-failure",
+        ]
         # Whether a pattern is a regular expression no schema can say: what it allows may still be refused.
         command += ["--exclude-checks", "positive_data_acceptance", "--no-color"]
         said = subprocess.run(command, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout

@@ -250,15 +250,15 @@ def report(plan: Plan, model: str, visits: Sequence[Visit], seconds: float) -> R
 
 def percentiles(groups: Sequence[Sequence[float]]) -> dict[str, Spread | None]:
     """p50 and p99 of what the visits found; visits are resampled whole, since what one of them found hangs together."""
-    groups = [np.asarray(group) for group in groups if len(group)]
-    if not groups:
+    found_by = [np.asarray(group) for group in groups if len(group)]
+    if not found_by:
         return {"p50": None, "p99": None}
     draw, wanted = np.random.default_rng(0), (50, 99)
-    all_of = np.concatenate(groups)
+    all_of = np.concatenate(found_by)
     found = np.empty((RESAMPLES, len(wanted)))
     for row in found:
-        picked = draw.integers(len(groups), size=len(groups))
-        row[:] = np.percentile(np.concatenate([groups[index] for index in picked]), wanted)
+        picked = draw.integers(len(found_by), size=len(found_by))
+        row[:] = np.percentile(np.concatenate([found_by[index] for index in picked]), wanted)
     bounds = np.percentile(found, (2.5, 97.5), axis=0)
     values = np.percentile(all_of, wanted)
     return {f"p{p}": Spread(float(values[i]), *map(float, bounds[:, i])) for i, p in enumerate(wanted)}

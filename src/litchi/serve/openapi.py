@@ -59,6 +59,14 @@ IDS = told(count=COUNT, tokens=listed(COUNT, 0, 1 << 20))
 WEIGHTS = told(object=literal("weights"), checkpoints=listed(TEXT, 0, 1 << 20))
 REPLAY = told(id=TEXT, object=literal("receipt.replay"), same={"type": "boolean"}, differs=ROWS)
 
+RECEIPT = ("get /v1/receipts/{name}", "post /v1/receipts/{name}/replay")
+LINKS = {
+    "/v1/responses": ("get /v1/responses/{name}", "delete /v1/responses/{name}", *RECEIPT),
+    "/v1/chat/completions": RECEIPT,
+    "/v1/embeddings": RECEIPT,
+}
+"""What can be asked of an answer's id afterwards."""
+
 
 def openapi(config: ServeConfig) -> dict[str, Any]:
     """OpenAPI 3.1 of a door. World sessions speak over a WebSocket, which OpenAPI has no words for."""
@@ -92,6 +100,12 @@ def openapi(config: ServeConfig) -> dict[str, Any]:
             "post": ask("Other weights take their place", partial(bodies.swap, config.checkpoints), WEIGHTS, 404, 413),
         },
     }
+    for path, verbs in paths.items():
+        for method, verb in verbs.items():
+            verb["operationId"] = f"{method} {path}"
+    for path, later in LINKS.items():
+        answer = paths[path]["post"]["responses"]["200"]
+        answer["links"] = {each: {"operationId": each, "parameters": {"name": "$response.body#/id"}} for each in later}
     for verb in (verb for path, verbs in paths.items() if is_open(path) for verb in verbs.values()):
         verb["responses"].pop("401", None)
         verb["security"] = []
