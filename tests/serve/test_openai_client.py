@@ -127,6 +127,15 @@ def test_the_clients_stream_helpers_gather_the_whole_answer(client) -> None:
     assert "".join(texts) == final.output_text == client.responses.create(**reply).output_text
 
 
+def test_a_stream_tells_its_usage_last_however_it_is_asked_for(client) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}  # as load generators ask
+    for ask in (client.chat.completions.create, client.completions.create):
+        said = {k: v for k, v in ASKED.items() if k != "messages"} | {"prompt": "a"}
+        body = ASKED if ask.__self__ is client.chat.completions else said
+        *_, last = ask(**body, stream=True, stream_options=options)
+        assert last.usage.completion_tokens == ask(**body).usage.completion_tokens and not last.choices
+
+
 def test_many_at_once_ask_through_one_client_that_does_not_block(tiny) -> None:
     async def ask() -> list[str]:
         async with openai.AsyncOpenAI(base_url=f"{tiny.url}/v1", api_key=KEY, max_retries=0) as client:

@@ -16,7 +16,7 @@ from litchi.serve.grammars import GUIDED, KINDS, MAX_CHARACTERS, MAX_CHOICES
 from litchi.serve.limits import Limits
 from litchi.serve.params import MAX_BIAS, MAX_ID, MAX_N, MAX_SEED, MAX_STOP_IDS, MAX_STOP_LENGTH, MAX_STOPS, MAX_TOP
 from litchi.serve.prompts import MAX_PROMPTS
-from litchi.serve.wire import ECHOED, HARMLESS
+from litchi.serve.wire import ECHOED, HARMLESS, STREAM_OPTIONS
 
 Schema = dict[str, Any]
 ANY: Schema = {"description": "Taken and not read."}
@@ -163,8 +163,8 @@ def prompts(limits: Limits) -> Schema:
     return {"anyOf": [text, ids, listed(text, 1, MAX_PROMPTS), listed(ids, 1, MAX_PROMPTS)]}
 
 
-def options(*flags: str, unread: tuple[str, ...] = ()) -> Schema:
-    return maybe(record({name: FLAG for name in flags} | {name: ANY for name in unread}))
+def streaming() -> Schema:
+    return maybe(record({name: ANY for name in STREAM_OPTIONS} | {"include_usage": FLAG}))
 
 
 def chat(model: str, limits: Limits) -> Schema:
@@ -173,7 +173,7 @@ def chat(model: str, limits: Limits) -> Schema:
         "messages": messages(),
         "n": integer(1, MAX_N),
         "stream": FLAG,
-        "stream_options": options("include_usage", unread=("include_obfuscation",)),
+        "stream_options": streaming(),
         "logprobs": FLAG,
         "top_logprobs": integer(0, MAX_TOP),
         "return_token_ids": FLAG,
@@ -188,7 +188,7 @@ def completion(model: str, limits: Limits) -> Schema:
         "prompt": prompts(limits),
         "n": integer(1, MAX_N),
         "stream": FLAG,
-        "stream_options": options("include_usage", unread=("include_obfuscation", "continuous_usage_stats")),
+        "stream_options": streaming(),
         "logprobs": integer(0, MAX_TOP),
         "echo": FLAG,
         "suffix": choice(""),

@@ -14,7 +14,7 @@ from litchi.serve.grammars import GUIDED, read_grammar
 from litchi.serve.limits import Limits
 from litchi.serve.models import Models
 from litchi.serve.params import CHOOSING, GREEDY, MAX_N, SAMPLING, is_ids, read_count, read_params
-from litchi.serve.wire import HARMLESS, check_text, read_model, repeated
+from litchi.serve.wire import HARMLESS, STREAM_OPTIONS, check_text, read_model, repeated
 
 MAX_PROMPTS = 128
 """Prompts of one request, each counted once for every answer that is wanted."""
@@ -63,7 +63,7 @@ def read_completion(body: dict[str, Any], models: Models, limits: Limits) -> Con
     if echo and top is not None:
         params = replace(params, prompt_logprobs=max(top, params.prompt_logprobs or 0))
     options = fields.inner("stream_options")
-    options.known(("include_usage", "include_obfuscation", "continuous_usage_stats"))
+    options.known(STREAM_OPTIONS)
     each = [repeated(replace(prompt, params=params, adapter=adapter), n) for prompt in prompts]
     return Continuations(
         requests=tuple(request for requests in each for request in requests),

@@ -36,6 +36,8 @@ ROLES = {
 }
 
 
+# The last chunk tells what all of them would: how long a prompt is, is known no earlier.
+STREAM_OPTIONS = ("include_usage", "include_obfuscation", "continuous_usage_stats")
 TOOLS = ("tools", "tool_choice", "parallel_tool_calls")
 NO_TOOLS = Toolbox("hermes")
 
@@ -84,7 +86,7 @@ def read_chat(body: dict[str, Any], models: Models, limits: Limits, style: Style
     if params.top_logprobs and not params.logprobs:
         raise BadInput("top_logprobs needs logprobs: send true for that as well")
     options = fields.inner("stream_options")
-    options.known(("include_usage", "include_obfuscation"))
+    options.known(STREAM_OPTIONS)
     size = {"height": limits.side, "width": limits.side}
     request = Request(parts=parts, want="chat", params=params, tools=tools.told, adapter=adapter, **size)
     return Ask(
