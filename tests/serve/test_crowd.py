@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from litchi.cli import find_checkpoint, main
 from litchi.config import BadInput
-from litchi.serve.crowd import Plan, Spread, crowd, percentiles, read_bodies
+from litchi.serve.crowd import Plan, Spread, Visit, crowd, percentiles, read_bodies, said, visit
 from litchi.serve.loading import load_engine
 from litchi.serve.run import ServeConfig
 
@@ -60,7 +61,14 @@ def test_who_comes_while_others_are_answered_is_timed_from_when_he_came(serve, p
     with serve(painter(pause=0.005)) as served:
         alone = crowd(Plan(url=served.url, requests=4, concurrency=1)).whole["p50"].value
         rushed = crowd(Plan(url=served.url, requests=12, rate=1000.0)).whole["p99"].value
+        made = asyncio.run(late_by(5.0, served.url))
     assert rushed > 5 * alone, "this server answers one at a time"
+    assert made.pieces[0] > 5 and made.total > 5, "a crowd that is late itself does not spare the server"
+
+
+async def late_by(seconds: float, url: str) -> Visit:
+    async with httpx.AsyncClient(base_url=f"{url}/v1") as client:
+        return await visit(client, said("a") | {"stream": True}, 0.0, httpx, seconds)
 
 
 def test_who_is_turned_away_is_counted_by_kind(serve, painter) -> None:

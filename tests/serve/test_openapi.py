@@ -67,6 +67,13 @@ def test_a_key_is_described_where_there_is_one() -> None:
     assert [path for path, asks in asked(ServeConfig(api_key="k")).items() if not asks] == ["/health"]
 
 
+def test_a_body_may_name_every_model_that_is_served() -> None:
+    paths = openapi(ServeConfig(model="base", adapters=("poet=runs/poet",)))["paths"]
+    for path in BODIES:
+        named = paths[path]["post"]["requestBody"]["content"]["application/json"]["schema"]["properties"].get("model")
+        assert named == (None if path == "/v1/weights" else {"enum": ["base", "poet", None]}), path
+
+
 def test_a_method_that_is_not_allowed_comes_with_those_that_are(door) -> None:
     answer = httpx.get(f"{door.url}/v1/chat/completions")
     assert answer.status_code == 405 and answer.headers["allow"] == "POST"

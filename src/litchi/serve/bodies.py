@@ -14,6 +14,7 @@ from litchi.serve.calls import MAX_CALLS, MAX_TOOLS, NAME
 from litchi.serve.fields import MAX_OBJECTS
 from litchi.serve.grammars import GUIDED, KINDS, MAX_CHARACTERS, MAX_CHOICES
 from litchi.serve.limits import Limits
+from litchi.serve.models import Models
 from litchi.serve.params import MAX_BIAS, MAX_ID, MAX_N, MAX_SEED, MAX_STOP_IDS, MAX_STOP_LENGTH, MAX_STOPS, MAX_TOP
 from litchi.serve.prompts import MAX_PROMPTS
 from litchi.serve.wire import ECHOED, HARMLESS, STREAM_OPTIONS
@@ -167,9 +168,9 @@ def streaming() -> Schema:
     return maybe(record({name: ANY for name in STREAM_OPTIONS} | {"include_usage": FLAG}))
 
 
-def chat(model: str, limits: Limits) -> Schema:
+def chat(models: Models, limits: Limits) -> Schema:
     own = {
-        "model": choice(model),
+        "model": choice(*models.names),
         "messages": messages(),
         "n": integer(1, MAX_N),
         "stream": FLAG,
@@ -182,9 +183,9 @@ def chat(model: str, limits: Limits) -> Schema:
     return record(own | sampling(limits) | choosing(limits) | UNREAD | guided() | tools(), "messages")
 
 
-def completion(model: str, limits: Limits) -> Schema:
+def completion(models: Models, limits: Limits) -> Schema:
     own = {
-        "model": choice(model),
+        "model": choice(*models.names),
         "prompt": prompts(limits),
         "n": integer(1, MAX_N),
         "stream": FLAG,
@@ -201,15 +202,15 @@ def completion(model: str, limits: Limits) -> Schema:
     return record(own | sampling(limits, least=0) | choosing(limits) | UNREAD | guided(), "prompt")
 
 
-def embedding(model: str, limits: Limits) -> Schema:
-    own = {"model": choice(model), "input": prompts(limits), "encoding_format": choice("float", "base64")}
+def embedding(models: Models, limits: Limits) -> Schema:
+    own = {"model": choice(*models.names), "input": prompts(limits), "encoding_format": choice("float", "base64")}
     own |= {"dimensions": NULL, "user": ANY, "pooling": choice("mean", "last"), "store": FLAG}
     return record(own, "input")
 
 
-def drawing(model: str, limits: Limits) -> Schema:
+def drawing(models: Models, limits: Limits) -> Schema:
     own = {
-        "model": choice(model),
+        "model": choice(*models.names),
         "prompt": TEXT | {"maxLength": limits.max_text},
         "n": integer(1, MAX_N),
         "size": choice(f"{limits.side}x{limits.side}", "auto"),
@@ -220,17 +221,21 @@ def drawing(model: str, limits: Limits) -> Schema:
     return record(own | looks | sampling(limits) | UNREAD, "prompt")
 
 
-def following(model: str, limits: Limits) -> Schema:
+def following(models: Models, limits: Limits) -> Schema:
     row = listed({"type": "number"}, 1, 256)
     action = {"type": {"const": "action"}, "values": listed(row, 1, 256), "space": TEXT, "hz": number(1e-3, 1e6)}
     role = choice(*(role.value for role in Role))
     text = record({"type": {"const": "text"}, "text": TEXT, "role": role}, "type", "text", more=True)
     parts = {"anyOf": [text, PICTURE, record(action, "type", "values", "space")]}
-    own = {"model": choice(model), "want": {"enum": ["frame", "action"]}, "parts": listed(parts, 1, MAX_OBJECTS)}
+    own = {
+        "model": choice(*models.names),
+        "want": {"enum": ["frame", "action"]},
+        "parts": listed(parts, 1, MAX_OBJECTS),
+    }
     return record(own | {"space": {"type": ["string", "null"]}, "store": FLAG} | sampling(limits), "want", "parts")
 
 
-def response(model: str, limits: Limits) -> Schema:
+def response(models: Models, limits: Limits) -> Schema:
     text = {"type": ["string", "null"]}
     said = record({"type": {"enum": ["input_text", "output_text"]}, "text": TEXT}, "type", "text", more=True)
     seen = record({"type": {"const": "input_image"}, "image_url": PICTURE_URL, "file_id": NULL}, "type", "image_url",
@@ -246,7 +251,7 @@ def response(model: str, limits: Limits) -> Schema:
         record({"type": {"const": "reasoning"}}, "type", more=True),
     ]  # fmt: skip
     own = {
-        "model": choice(model),
+        "model": choice(*models.names),
         "input": {"anyOf": [TEXT, listed({"anyOf": items}, 1, MAX_OBJECTS)]},
         "instructions": text,
         "previous_response_id": text,
@@ -262,16 +267,18 @@ def response(model: str, limits: Limits) -> Schema:
     return record(own | unread | sampling(limits) | choosing(limits) | UNREAD | tools(), "input")
 
 
-def tokenizing(model: str, limits: Limits) -> Schema:
-    own = {"model": choice(model), "prompt": {"type": ["string", "null"], "maxLength": limits.max_text}}
+def tokenizing(models: Models, limits: Limits) -> Schema:
+    own = {"model": choice(*models.names), "prompt": {"type": ["string", "null"], "maxLength": limits.max_text}}
     own |= {"messages": maybe(messages()), "add_generation_prompt": choice(True)}
     return record(own | {"add_special_tokens": FLAG, "return_token_strs": FLAG})
 
 
-def detokenizing(model: str, limits: Limits) -> Schema:
-    return record({"model": choice(model), "tokens": IDS | {"minItems": 0, "maxItems": limits.max_text}}, "tokens")
+def detokenizing(models: Models, limits: Limits) -> Schema:
+    return record(
+        {"model": choice(*models.names), "tokens": IDS | {"minItems": 0, "maxItems": limits.max_text}}, "tokens"
+    )
 
 
-def swap(checkpoints: tuple[str, ...], model: str, limits: Limits) -> Schema:
+def swap(checkpoints: tuple[str, ...], models: Models, limits: Limits) -> Schema:
     """Only folders that the server was started with."""
     return record({"checkpoint": {"enum": list(checkpoints)} if checkpoints else TEXT}, "checkpoint")

@@ -10,6 +10,7 @@ from litchi.serve import bodies
 from litchi.serve.bodies import Schema, listed, record
 from litchi.serve.guard import is_open
 from litchi.serve.limits import Limits
+from litchi.serve.models import Models
 from litchi.serve.params import MAX_SEED
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ class Page:
     """Writes one path after another."""
 
     def __init__(self, config: ServeConfig):
-        self.config = config
+        self.config, self.models = config, Models.of(config.model, config.adapters)
         self.usual = USUAL if config.api_key else tuple(status for status in USUAL if status != 401)
 
     def get(
@@ -134,13 +135,13 @@ class Page:
     def ask(
         self,
         words: str,
-        takes: Callable[[str, Limits], Schema],
+        takes: Callable[[Models, Limits], Schema],
         gives: Schema,
         *statuses: int,
         streams: bool = False,
     ) -> dict[str, Any]:
         """A path that takes a body."""
-        schema = takes(self.config.model, self.config.limits)
+        schema = takes(self.models, self.config.limits)
         content: dict[str, Any] = {JSON: {"schema": gives}} | ({EVENTS: {}} if streams else {})
         asked = {"required": True, "content": {JSON: {"schema": schema}}}
         return {"summary": words, "requestBody": asked, "responses": self.answers(content, statuses or ASKED)}
