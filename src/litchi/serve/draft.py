@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from litchi.config import BadInput
-from litchi.model.adapters import Adapters
+from litchi.model.lowrank import Adapters
 from litchi.model.packing import Format
 from litchi.schema.processor import Processor
 from litchi.serve.guess import OLD, Ask, Clock, Guess, Guesser, NGram
