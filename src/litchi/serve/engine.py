@@ -184,16 +184,9 @@ class Engine(Asking):
 
     def load(self) -> Load:
         with self.changed:
-            return Load(
-                len(self.running),
-                len(self.waiting),
-                self.num_steps,
-                self.tokens_read,
-                self.tokens_cached,
-                self.preempted,
-                self.ahead.guesses,
-                self.ahead.accepted,
-            )
+            s, a = self.scheduler, self.ahead
+            done = (self.num_steps, self.tokens_read, s.tokens_cached, s.preempted, a.guesses, a.accepted)
+            return Load(len(self.running), len(self.waiting), *done)
 
     def gauges(self) -> dict[str, float]:
         return {f"engine_{name}": value for name, value in asdict(self.load()).items()}
