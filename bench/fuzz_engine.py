@@ -2,11 +2,12 @@
 
     python bench/fuzz_engine.py [--schedules 80] [--path native]
 
-Each schedule draws arrivals, lengths, chunk and page sizes, memory, preemptions, cancels and shared beginnings. Every
-answer and every log-probability must equal those of an oracle that reads each document alone and whole for every token:
-the reference decoder (torch), or the same kernels (native). Networks: SmolLM2-135M-Instruct (text) and the tiny
-checkpoint (text, pictures, frames, actions; always torch, since its heads are 56 wide), both in fp32 and bf16. With
-torch also the cost: the time of the same requests with the rules off, in turn; native knows no other way to add.
+Each schedule draws arrivals, lengths, chunk and page sizes, memory, preemptions, cancels, shared beginnings, and
+whether words are guessed ahead. Every answer and every log-probability must equal those of an oracle that reads each
+document alone and whole for every token: the reference decoder (torch), or the same kernels (native). Networks:
+SmolLM2-135M-Instruct (text) and the tiny checkpoint (text, pictures, frames, actions; always torch, since its heads are
+56 wide), both in fp32 and bf16. With torch also the cost: the time of the same requests with the rules off, in turn;
+native knows no other way to add.
 """
 
 from __future__ import annotations
@@ -102,6 +103,7 @@ def schedule(
         cache_tokens=rng.choice((768, 768, 4096)),
         remember=rng.random() < 0.8,
         weights=dtype,
+        guess=rng.choice(("none", "ngram")),
     )
     engine = Engine(loaded.model, loaded.processor, config, runner=runner)
     answers = play(engine, [pool[index] for index in chosen], rng)

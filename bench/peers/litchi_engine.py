@@ -26,7 +26,7 @@ def main() -> None:
     asked = json.load(open(sys.argv[2]))
     torch.set_num_threads(asked["threads"])
     loaded = load(Path(sys.argv[1]), check=False)
-    config = EngineConfig(weights=sys.argv[3], remember=False, path=asked.get("path", "auto"))
+    config = EngineConfig(weights=sys.argv[3], remember=False, path=asked.get("path", "auto"), guess="none")
     engine = Engine(loaded.model, loaded.processor, config)
     started = time.perf_counter() - BEGAN
     params = SamplingParams(max_tokens=asked["tokens"], ignore_eos=True)

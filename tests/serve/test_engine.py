@@ -53,13 +53,14 @@ class Alone(Engine):
     token, and nothing is remembered."""
 
     def __init__(self, net: Model, p: Processor, weights: Format, runner: Runner | None = None) -> None:
-        config = EngineConfig(max_running=1, step_tokens=1 << 30, path="native", weights=weights, remember=False)
+        settings = {"max_running": 1, "step_tokens": 1 << 30, "remember": False, "guess": "none"}
+        config = EngineConfig(path="native", weights=weights, **settings)
         super().__init__(net, p, config, runner=runner)
 
     def commit(self, track: Track, piece: Piece, answer: torch.Tensor | None) -> None:
         assert track.wish is not None and piece.start == 0 and piece.stop == len(track.wish.builder.tokens)
         self.scheduler.give_back(track)
-        self.advance(track, answer)
+        self.advance(track, answer[0] if piece.scores and answer is not None else answer)
 
     def complete(self, request: Request) -> Completion:
         answer = Answer()

@@ -21,9 +21,12 @@ from litchi.model.native import unsupported
 from litchi.model.network import Model
 from litchi.model.packing import BLOCK
 from litchi.model.program import Program
+from litchi.model.weights import Checkpoint
 from litchi.schema.processor import Processor
 from litchi.schema.request import Delta, Request
 from litchi.serve.asking import Asking
+from litchi.serve.draft import guesser_of
+from litchi.serve.guess import Ahead, Foreseen
 from litchi.serve.pages import Pages
 from litchi.serve.prefix import PageKeys
 from litchi.serve.promise import broken
@@ -58,6 +61,10 @@ class Load:
     tokens_read: int
     tokens_cached: int
     preempted: int
+    guesses: int = 0
+    """Tokens that were read on a guess."""
+    accepted: int = 0
+    """Those of them that the answers went on with."""
 
 
 class Engine(Asking):
@@ -71,10 +78,11 @@ class Engine(Asking):
         weights: str = "",
         runner: Runner | None = None,
         adapters: Adapters | None = None,
+        draft: Checkpoint | None = None,
     ) -> None:
         """`weights` is what tells these weights from others; a `runner` that is there already need not be built.
 
-        `adapters` are what requests may name; a `runner` has the same.
+        `adapters` are what requests may name; a `runner` has the same. `draft` is what `serve.engine.draft` names.
         """
         self.config = config or EngineConfig()
         self.model, self.processor, self.weights = model, processor, weights
@@ -83,6 +91,9 @@ class Engine(Asking):
         room = self.runner.room(self.config.cache_tokens // self.config.page + 1, self.config.page)
         self.pages = Pages(*room, clear=self.runner.clear)
         self.scheduler = Scheduler(self.config, self.pages)
+        other = None if draft is None else (draft.processor, runner_of(draft.model, self.config))
+        guesser = guesser_of(self.config, self.runner, self.pages, processor, other, self.adapters)
+        self.ahead = Ahead(self.config, self.pages, guesser)
         self.waiting: deque[Track] = deque()
         self.changed = threading.Condition()
         self.closing = False
@@ -163,7 +174,7 @@ class Engine(Asking):
     @property
     def room(self) -> int:
         """Tokens that one document may have."""
-        return (len(self.pages.readers) - 1) * self.pages.size
+        return self.pages.room
 
     def cancel(self, ticket: Track) -> None:
         """Stop answering; the end is still told."""
@@ -173,14 +184,9 @@ class Engine(Asking):
 
     def load(self) -> Load:
         with self.changed:
-            return Load(
-                len(self.running),
-                len(self.waiting),
-                self.num_steps,
-                self.tokens_read,
-                self.tokens_cached,
-                self.preempted,
-            )
+            s, a = self.scheduler, self.ahead
+            done = (self.num_steps, self.tokens_read, s.tokens_cached, s.preempted, a.guesses, a.accepted)
+            return Load(len(self.running), len(self.waiting), *done)
 
     def gauges(self) -> dict[str, float]:
         return {f"engine_{name}": value for name, value in asdict(self.load()).items()}
@@ -216,7 +222,7 @@ class Engine(Asking):
     def step(self) -> bool:
         """Read once for all that wait to be read for; False if nobody does."""
         self.admit()
-        chosen = self.scheduler.choose()
+        chosen = self.ahead.extend(self.scheduler.choose())
         if not chosen:
             return False
         try:
@@ -226,6 +232,7 @@ class Engine(Asking):
             for track, _ in chosen:
                 self.leave(track, error)
             return True
+        self.ahead.step.stop()
         self.num_steps += 1
         for (track, piece), answer in zip(chosen, found, strict=True):
             self.commit(track, piece, answer)
@@ -255,10 +262,12 @@ class Engine(Asking):
         wish = track.wish
         assert wish is not None
         self.tokens_read += piece.stop - piece.start
-        before, track.count = track.count, min(piece.stop, track.clean)
-        if self.config.remember and track.count // self.pages.size > before // self.pages.size:
-            for page, key in zip(track.pages, track.keys.upto(wish.builder, track.count, track.clean), strict=False):
-                self.pages.remember(page, key)
+        self.scheduler.grow(track, min(piece.stop, track.clean))
+        if piece.scores and answer is not None:
+            foreseen = Foreseen(wish.builder, piece.builder, answer)
+            self.advance(track, answer[0], foreseen)
+            self.ahead.learn(track, foreseen)
+            return
         if piece.rows and answer is not None:
             track.rows.append(answer)
         if piece.stop == len(wish.builder.tokens):
@@ -266,8 +275,8 @@ class Engine(Asking):
             track.rows = []
             self.advance(track, found)
 
-    def advance(self, track: Track, answer: Tensor | None) -> None:
-        """Let the program go on until it must read again, or has ended."""
+    def advance(self, track: Track, answer: Tensor | None, foreseen: Foreseen | None = None) -> None:
+        """Let the program go on until it must read what has not been foreseen, or has ended."""
         try:
             while True:
                 step = track.steps.send(answer)
@@ -279,8 +288,12 @@ class Engine(Asking):
                         track.deltas.append(step)
                     continue
                 track.wish = step
+                if foreseen is not None and (answer := foreseen.next(step)) is not None:
+                    self.scheduler.grow(track, track.count + 1)
+                    continue
+                foreseen = None
                 if track.count < len(step.builder.tokens):
-                    self.fits(track)
+                    self.scheduler.fits(track)
                     return
         except StopIteration:
             if track.deltas is not None:
@@ -289,19 +302,12 @@ class Engine(Asking):
         except Exception as error:
             self.leave(track, error)
 
-    def fits(self, track: Track) -> None:
-        assert track.wish is not None
-        if len(track.wish.builder.tokens) > self.room:
-            raise BadInput(
-                f"the document has grown to {len(track.wish.builder.tokens)} tokens, the cache has {self.room}: "
-                f"ask for less or raise serve.engine.cache_tokens"
-            )
-
     def leave(self, track: Track, error: BaseException | None) -> None:
         self.running.remove(track)
         self.end(track, error)
 
     def end(self, track: Track, error: BaseException | None) -> None:
         self.scheduler.give_back(track)
+        self.ahead.forget(track)
         track.steps.close()
         track.put(error)

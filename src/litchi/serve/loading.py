@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from litchi.model.weights import load
+from litchi.serve.draft import SAME
 from litchi.serve.engine import Engine
 from litchi.serve.fleet import Fleet
 from litchi.serve.models import load_adapters
@@ -25,13 +26,12 @@ def load_engine(folder: Path, config: ServeConfig) -> Engine:
     With `serve.tensor` other processes are started that share the network; they end with this one.
     """
     world = muster(folder, config) if config.tensor > 1 else None  # so that they load beside each other
-    loaded = load(folder)
+    c, loaded = config.engine, load(folder)
+    draft = load(Path(c.draft)) if c.guess == "draft" and c.draft not in SAME else None
     weights = sha256(json.dumps(loaded.meta["files"], sort_keys=True).encode()).hexdigest()
     adapters = load_adapters(loaded.model, config.model, config.adapters)
     runner = None if world is None else TensorRunner(loaded.model, dtype_of(config), world)
-    return Engine(
-        loaded.model, loaded.processor, config.engine, weights=weights, runner=runner, adapters=adapters
-    ).look()
+    return Engine(loaded.model, loaded.processor, c, weights, runner, adapters, draft).look()
 
 
 def load_answerer(folder: Path, config: ServeConfig) -> Engine | Fleet:

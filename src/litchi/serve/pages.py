@@ -41,6 +41,11 @@ class Pages:
         """Pages that can be had, remembered ones included."""
         return len(self.free) + len(self.idle)
 
+    @property
+    def room(self) -> int:
+        """Tokens that one document may have."""
+        return (len(self.readers) - 1) * self.size
+
     def take(self) -> int:
         """An empty page with one reader. Raises OutOfPages."""
         if self.free:

@@ -5,7 +5,7 @@ T tokens of all pieces, G key-value heads, K head width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,7 +37,8 @@ class Piece:
     stop: int
     pages: Sequence[int]
     rows: int = 0
-    scores: bool = False
+    scores: int = 0
+    """Of how many last tokens the scores are wanted: 1, and more where tokens are guessed."""
     adapter: str = ""
 
     @property
@@ -71,13 +72,14 @@ class Runner(Protocol):
     """Whether it reads keys that it has not written, and only masks them."""
     name: str
     """What tells its arithmetic from others': bits may only be compared under one name."""
+    model: Model
 
     def room(self, num_pages: int, size: int) -> tuple[Tensor, Tensor]:
         """Memory for keys and values, (L, num_pages, G, size, K) each."""
         ...
 
     def run(self, pieces: Sequence[Piece], pages: Pages) -> list[Tensor | None]:
-        """What each piece wants: hidden states (rows, D), scores (V,), or nothing."""
+        """What each piece wants: hidden states (rows, D), scores (scores, V), or nothing."""
         ...
 
     def logits(self, x_ND: Tensor) -> Tensor:
@@ -114,11 +116,10 @@ class TorchRunner:
         with self.adapters.reading(texts):
             x_TD = self.read(batch, pieces, pages)
         ends = batch.cu_seqlens.tolist()[1:]
-        last = [end - 1 for end, piece in zip(ends, pieces, strict=False) if piece.scores]
-        scores = iter(self.logits(x_TD[last]) if last else ())
+        scores = scored(pieces, ends, lambda last: self.logits(x_TD[last]))
         found: list[Tensor | None] = []
-        for end, piece in zip(ends, pieces, strict=False):
-            found.append(next(scores) if piece.scores else x_TD[end - piece.rows : end] if piece.rows else None)
+        for end, piece, own in zip(ends, pieces, scores, strict=False):
+            found.append(own if piece.scores else x_TD[end - piece.rows : end] if piece.rows else None)
         return found
 
     def read(self, batch: Batch, pieces: Sequence[Laid], pages: Pages) -> Tensor:
@@ -173,12 +174,11 @@ class NativeRunner:
             tables,
         )
         stops = batch.cu_seqlens.tolist()[1:]
-        last = [stop - 1 for stop, piece in zip(stops, pieces, strict=True) if piece.scores]
-        scores = iter(self.scores(hidden_TD[last]) if last else ())
+        scores = scored(pieces, stops, lambda last: self.scores(hidden_TD[last]))
         found: list[Tensor | None] = []
-        for stop, piece in zip(stops, pieces, strict=True):
+        for stop, piece, own in zip(stops, pieces, scores, strict=True):
             rows = self.model.norm(hidden_TD[stop - piece.rows : stop]) if piece.rows else None
-            found.append(next(scores) if piece.scores else rows)
+            found.append(own if piece.scores else rows)
         return found
 
     @torch.no_grad()
@@ -253,6 +253,14 @@ def span_stops(spans: list[int], start: int, stop: int) -> list[int]:
             end = at + 1
         found[at - start] = end
     return found
+
+
+def scored(
+    pieces: Sequence[Piece], stops: Sequence[int], logits: Callable[[list[int]], Tensor]
+) -> Sequence[Tensor | None]:
+    """For each piece, which ends at `stops`, the scores (scores, V) that it wants; all are made together."""
+    last = [at for stop, piece in zip(stops, pieces, strict=False) for at in range(stop - piece.scores, stop)]
+    return logits(last).split([piece.scores for piece in pieces]) if last else [None] * len(pieces)
 
 
 def together(pieces: Sequence[Piece], multiple: int) -> Batch:

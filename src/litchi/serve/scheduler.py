@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from litchi.config import BadInput
 from litchi.model.packing import Format
 from litchi.model.program import Program, Read, Steps
 from litchi.schema.request import Delta
@@ -34,6 +35,15 @@ class EngineConfig:
     """Who computes: C++ on a CPU, which "auto" takes if it knows the network and there is a compiler, or PyTorch."""
     weights: Format = "bfloat16"
     """What matrices are stored in; int8 and int4 are native only. Keys and values are float32 if they are."""
+    guess: Literal["none", "ngram", "draft"] = "ngram"
+    """Who guesses words ahead, which are read with what is new: nobody, the document itself, or a smaller network."""
+    draft: str = "int4"
+    """That network: "int4" or "int8" are these weights in so many bits, else a checkpoint with the same tokenizer."""
+    guess_tokens: int = 8
+    """The most words that are guessed ahead of a document."""
+    guess_rows: int = 0
+    """Tokens that take as long to read as the weights; steps of as many hold no guesses. 0: as many as weights have
+    bits, but for int4's 6."""
     exact: bool = True
     """Whether an answer may not depend on what is answered beside it; "native" knows no other way."""
 
@@ -91,6 +101,23 @@ class Scheduler:
                 budget -= piece.stop - piece.start
         return chosen
 
+    def grow(self, track: Track, count: int) -> None:
+        """So many tokens of a document have been read and stay; whole pages are remembered."""
+        assert track.wish is not None
+        before, track.count = track.count, count
+        if self.config.remember and count // self.pages.size > before // self.pages.size:
+            for page, key in zip(track.pages, track.keys.upto(track.wish.builder, count, track.clean), strict=False):
+                self.pages.remember(page, key)
+
+    def fits(self, track: Track) -> None:
+        """Raises BadInput for a document that has outgrown all pages."""
+        length = track.count + self.left(track)
+        if length > self.pages.room:
+            raise BadInput(
+                f"the document has grown to {length} tokens, the cache has {self.pages.room}: "
+                f"ask for less or raise serve.engine.cache_tokens"
+            )
+
     def left(self, track: Track) -> int:
         assert track.wish is not None
         return len(track.wish.builder.tokens) - track.count
@@ -121,7 +148,7 @@ class Scheduler:
         if stop <= track.count or not self.make_room(track, stop, busy):
             return None
         rows = min(stop - track.count, max(stop - (total - wish.rows), 0))
-        scores, adapter = wish.scores and stop == total, track.program.request.adapter
+        scores, adapter = int(wish.scores and stop == total), track.program.request.adapter
         return Piece(wish.builder, track.count, stop, track.pages, rows, scores, adapter)
 
     def cut(self, wish: Read, start: int, clean: int, budget: int, *, alone: bool) -> int:
