@@ -4,7 +4,7 @@
 // another, so that neither the number of rows nor their neighbours can change a bit. Build without -ffast-math and with
 // -ffp-contract=off; a fused multiply-add is written where it is meant. LITCHI_PLAIN leaves out every intrinsic.
 //
-// A word is 32 bits: one fp32, a pair of bf16, or four int8, which is what one step of a sum takes from a row.
+// A word is 32 bits: one fp32, a pair of bf16 or of int16, which is what one step of a sum takes from a row.
 
 #pragma once
 
@@ -72,13 +72,12 @@ INLINE v16 dot_pairs(v16 sum, u16x w, word x) {
 #endif
 }
 
-// Sixteen quadruples of unsigned bytes with one of signed bytes. Integers: exact in any order.
-INLINE i16x dot_quads(i16x sum, u16x w, word x) {
+// Sixteen pairs of int16 with one. Integers: exact in any order.
+INLINE i16x dot_integers(i16x sum, u16x w, word x) {
 #if defined(__AVX512VNNI__) && !defined(LITCHI_PLAIN)
-  return (i16x)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(x));
+  return (i16x)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(x));
 #else
-  for (int byte = 0; byte < 32; byte += 8) sum += (i16x)((w >> byte) & 255u) * (int32_t)(int8_t)(x >> byte);
-  return sum;
+  return sum + (i16x)(w & 0xffffu) * (int32_t)(int16_t)x + (i16x)(w >> 16) * (int32_t)(int16_t)(x >> 16);
 #endif
 }
 
@@ -182,37 +181,39 @@ void tile(const word* x, long stride, const word* w, int inner, float* out, long
 }
 
 // The same for weights in groups of 32 inner values: 32 scales and 32 least values in fp16, then unsigned integers by
-// fours. A weight is scale * q + least, and a row has integers, a scale and a sum for each of its groups.
+// fours, in the order 0 2 1 3, so that a mask finds a pair. A weight is scale * q + least, and a row has integers, a
+// scale and a sum for each of its groups. The sum of a group is exact: at most 255 * 32767 * 32 < 2^31.
 template <int BITS, int R>
 void quantised_tile(const word* x, long stride, const float* scale, const float* sum, const char* w, int inner,
                     float* out) {
   constexpr int PANEL = 128 + BLOCK * BLOCK * BITS / 8;
+  constexpr word MASK = BITS == 4 ? 0x000f000fu : 0x00ff00ffu;
+  constexpr int WAYS = R == 1 ? 4 : R == 2 ? 2 : 1;  // sums that need not wait for one another, where rows are few
   v16 a[R]{}, b[R]{};
   int groups = inner / BLOCK;
   for (int g = 0; g < groups; ++g, w += PANEL) {
-    i16x p[R]{}, q[R]{};
+    i16x p[R][WAYS]{}, q[R][WAYS]{};
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
-      u16x wa, wb;
-      if (BITS == 4) {
-        u16x both = bits(w + 128 + i * 64);
-        wa = both & 0x0f0f0f0fu, wb = (both >> 4) & 0x0f0f0f0fu;
-      } else {
-        wa = bits(w + 128 + i * 128), wb = bits(w + 192 + i * 128);
-      }
+      u16x wa = bits(w + 128 + i * 16 * BITS), wb = BITS == 4 ? wa >> 4 : bits(w + 192 + i * 16 * BITS);
+#pragma GCC unroll 2
+      for (int pair = 0; pair < 2; ++pair, wa >>= 8, wb >>= 8) {
 #pragma GCC unroll 12
-      for (int r = 0; r < R; ++r) {
-        word quad = x[r * stride + g * 8 + i];
-        p[r] = dot_quads(p[r], wa, quad), q[r] = dot_quads(q[r], wb, quad);
+        for (int r = 0; r < R; ++r) {
+          word both = x[r * stride + g * 16 + i * 2 + pair];
+          i16x &a_sum = p[r][(i * 2 + pair) % WAYS], &b_sum = q[r][(i * 2 + pair) % WAYS];
+          a_sum = dot_integers(a_sum, wa & MASK, both), b_sum = dot_integers(b_sum, wb & MASK, both);
+        }
       }
     }
     const uint16_t* half = reinterpret_cast<const uint16_t*>(w);
     v16 sa = from_half(half), sb = from_half(half + 16), la = from_half(half + 32), lb = from_half(half + 48);
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
+      for (int way = 1; way < WAYS; ++way) p[r][0] += p[r][way], q[r][0] += q[r][way];
       v16 s = all(scale[(long)r * groups + g]), t = all(sum[(long)r * groups + g]);
-      a[r] = fma(t, la, fma(__builtin_convertvector(p[r], v16) * s, sa, a[r]));
-      b[r] = fma(t, lb, fma(__builtin_convertvector(q[r], v16) * s, sb, b[r]));
+      a[r] = fma(t, la, fma(__builtin_convertvector(p[r][0], v16) * s, sa, a[r]));
+      b[r] = fma(t, lb, fma(__builtin_convertvector(q[r][0], v16) * s, sb, b[r]));
     }
   }
 #pragma GCC unroll 12
@@ -278,7 +279,7 @@ struct Rows {
   word* data;
   float *scale, *sum;  // of quantised rows, one for each 32 values
 
-  long stride() const { return (kind == F32 ? width : kind == BF16 ? width / 2 : width / 4) + PAD; }
+  long stride() const { return (kind == F32 ? width : width / 2) + PAD; }
   static long bytes(int width, long rows) { return rows * 4 * (width + PAD + width / BLOCK * 2) + 192; }
 
   void keep(long row, int block, v16 lo, v16 hi) const {  // 32 values
@@ -290,19 +291,20 @@ struct Rows {
       Half::keep(reinterpret_cast<uint16_t*>(to) + block * BLOCK, lo);
       Half::keep(reinterpret_cast<uint16_t*>(to) + block * BLOCK + 16, hi);
     } else {
-      keep_quantised(row * (width / BLOCK) + block, reinterpret_cast<int8_t*>(to) + block * BLOCK, lo, hi);
+      keep_quantised(row * (width / BLOCK) + block, reinterpret_cast<int16_t*>(to) + block * BLOCK, lo, hi);
     }
   }
 
-  void keep_quantised(long group, int8_t* to, v16 lo, v16 hi) const {
-    typedef int8_t b16 __attribute__((vector_size(16), aligned(1), may_alias));
+  // To 16 bits: 8 are too few for groups with large values, and cost SmolLM2 the capital of France.
+  void keep_quantised(long group, int16_t* to, v16 lo, v16 hi) const {
+    typedef int16_t s16 __attribute__((vector_size(32), aligned(2), may_alias));
     v16 size_lo = (v16)((u16x)lo & 0x7fffffffu), size_hi = (v16)((u16x)hi & 0x7fffffffu);
     float most = max16(size_lo > size_hi ? size_lo : size_hi);
-    float step = most / 127.f, inverse = most > 0.f ? 127.f / most : 0.f;
+    float step = most / 32767.f, inverse = most > 0.f ? 32767.f / most : 0.f;
     lo = nearest(lo * inverse), hi = nearest(hi * inverse);
     i16x a = __builtin_convertvector(lo, i16x), b = __builtin_convertvector(hi, i16x);
-    *reinterpret_cast<b16*>(to) = __builtin_convertvector(a, b16);
-    *reinterpret_cast<b16*>(to + 16) = __builtin_convertvector(b, b16);
+    *reinterpret_cast<s16*>(to) = __builtin_convertvector(a, s16);
+    *reinterpret_cast<s16*>(to + 16) = __builtin_convertvector(b, s16);
     scale[group] = step, sum[group] = step * sum16(lo + hi);
   }
 };

@@ -39,6 +39,7 @@ def pack(weight: Float[Tensor, "N I"], form: Format) -> Tensor:
 def pack_groups(weight: Float[Tensor, "N I"], bits: int) -> UInt8[Tensor, "B groups bytes"]:
     q, scale, least = quantise(weight, bits)
     quads = q.unflatten(0, (-1, 2, BLOCK // 2)).unflatten(4, (-1, 4))  # panel, half, lane, group, quad, value
+    quads = quads[..., [0, 2, 1, 3]]  # a mask of every second byte finds a pair of neighbours
     quads = quads.permute(0, 3, 4, 1, 2, 5)  # panel, group, quad, half, lane, value
     if bits == 4:
         quads = quads[:, :, :, 0] | (quads[:, :, :, 1] << 4)
