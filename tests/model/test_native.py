@@ -20,6 +20,7 @@ from litchi.model.rope import rotations
 from litchi.model.vision import Tower
 from litchi.schema.sequence import Batch, TokenSequence
 from litchi.schema.sequence import pack as pack_documents
+from tests.model.test_packing import given_back
 
 pytestmark = pytest.mark.skipif(compiled.compiler() is None, reason="needs a C++ compiler")
 
@@ -249,6 +250,22 @@ def test_it_is_no_further_from_fp32_than_torch_in_bf16(form: Format, flags: tupl
     assert (found - exact).pow(2).mean() <= (theirs - exact).pow(2).mean()
 
 
+@pytest.mark.parametrize("flags", [(), PLAIN], ids=str)
+@pytest.mark.parametrize(("form", "head"), [("int8", "int8"), ("int4", "int8")])
+def test_only_weights_are_rounded(form: Format, head: Format, flags: tuple[str, ...]):
+    """To so few bits: what layers read keeps 16. oracle: Model.forward with the weights that panels stand for"""
+    model, text = network(SMALL), document(200, 1)
+    found = whole(Subject(model, torch.float32, form, flags=flags), [text]).found(0)[:, SMALL.width :]
+    table = model.embed_tokens.weight.clone()
+    for name, p in model.named_parameters():
+        if p.dim() == 2 and "embed" not in name:
+            p.copy_(given_back(p, form))
+    hidden = model(pack_documents([text]))
+    model.embed_tokens.weight.copy_(given_back(table, head))
+    wanted = model.logits(hidden).float()
+    assert (found - wanted).pow(2).mean().sqrt() < 1e-4 * wanted.pow(2).mean().sqrt()
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_weight_is_within_half_a_step(bits: int):
     weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
@@ -256,16 +273,6 @@ def test_a_weight_is_within_half_a_step(bits: int):
     step = scale.float().repeat_interleave(32, 1)
     slack = least.float().abs().repeat_interleave(32, 1) * 2**-10  # fp16
     assert bool(((dequantise(q, scale, least) - weight).abs() <= 0.5 * step + slack).all())
-
-
-def test_what_was_in_four_bits_stays_as_it_was():
-    """Groups of 32 with an fp16 scale and least value, which use both ends of their range."""
-    generator = torch.Generator().manual_seed(0)
-    q = torch.randint(0, 16, (32, 2, 32), generator=generator)
-    q[..., 0], q[..., 1] = 0, 15
-    scale, least = torch.rand(32, 2, generator=generator).half(), -torch.rand(32, 2, generator=generator).half()
-    weight = dequantise(q, scale, least)
-    assert torch.equal(dequantise(*quantise(weight, 4)), weight)
 
 
 def test_pages_can_be_put_in_order():

@@ -11,6 +11,12 @@ import numpy as np
 import pytest
 
 from litchi.cli import make_smollm2
+from litchi.model import compiled
+from litchi.model.packing import Format
+from litchi.model.weights import load
+from litchi.schema.request import Request, SamplingParams
+from litchi.schema.sample import Role, Text
+from litchi.serve.engine import Engine, EngineConfig
 
 openai = pytest.importorskip("openai")
 pytestmark = [
@@ -21,8 +27,12 @@ QUESTION = [{"role": "user", "content": "What is the capital of China?"}]
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory, served_folder) -> Iterator[object]:
-    folder: Path = make_smollm2(tmp_path_factory.mktemp("smollm2") / "smollm2")
+def folder(tmp_path_factory) -> Path:
+    return make_smollm2(tmp_path_factory.mktemp("smollm2") / "smollm2")
+
+
+@pytest.fixture(scope="module")
+def client(folder: Path, served_folder) -> Iterator[object]:
     with (
         served_folder(folder) as served,
         openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=120) as client,
@@ -75,3 +85,19 @@ def test_what_means_alike_lies_nearer(client) -> None:
     made = client.embeddings.create(model="smollm2", input=texts)
     cat, kitten, rates = (np.array(each.embedding) for each in made.data)
     assert cat @ kitten > cat @ rates
+
+
+@pytest.mark.skipif(compiled.compiler() is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_fewer_bits_do_not_cost_it_a_capital(folder: Path, weights: Format) -> None:
+    """8 bits of what layers read did: perplexity rose by 0.4 % only, but Paris was no longer the capital of France."""
+    loaded = load(folder, check=False)
+    engine = Engine(loaded.model, loaded.processor, EngineConfig(weights=weights, cache_tokens=1024))
+    question = Text(text="What is the capital of France?", role=Role.USER)
+    told: list = []
+    engine.submit(
+        Request(parts=(question,), want="chat", params=SamplingParams(max_tokens=12)), told.append, stream=False
+    )
+    while engine.step():
+        pass
+    assert told[0].text == "The capital of France is Paris."

@@ -7,6 +7,7 @@
 // T tokens, D width, H query heads, G key-value heads, K head width, F MLP width, V vocabulary.
 
 #include "native_lora.h"
+#include "native_pack.h"
 #include "native_product.h"
 
 #if defined(__linux__)
@@ -416,6 +417,18 @@ void litchi_head(const Network* n, const float* x, int rows, int normed_before, 
       std::copy(o, o + std::min(V - (long)panel * BLOCK, (long)BLOCK), logits + row * V + panel * BLOCK);
     });
   }
+}
+
+long litchi_packed(int outputs, int inner, int kind) {
+  Matrix m{nullptr, nullptr, kind, inner, outputs, 0};
+  return panel_bytes(m) * ((outputs + BLOCK - 1) / BLOCK);
+}
+
+void litchi_pack(const float* weight, int outputs, int inner, int kind, char* to, int threads) {
+  Matrix m{to, nullptr, kind, inner, outputs, 0};
+#pragma omp parallel for num_threads(threads)
+  for (long panel = 0; panel < (outputs + BLOCK - 1) / BLOCK; ++panel)
+    pack_panel(weight, m, panel, to + panel * panel_bytes(m));
 }
 
 void litchi_settle(void* at, long bytes) {  // large pages for what is read whole for every token

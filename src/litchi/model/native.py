@@ -31,10 +31,12 @@ from litchi.config import BadInput
 from litchi.model.compiled import compile_once, compiler
 from litchi.model.native_adapters import Chosen
 from litchi.model.network import Expert, Model, ModelConfig
-from litchi.model.packing import BLOCK, KINDS, Format, pack
+from litchi.model.packing import BLOCK, KINDS, Format
 from litchi.model.vision import Tower
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", "native_product.h", "native_lora.h"))
+SOURCES = tuple(
+    Path(__file__).with_name(name) for name in ("native.cpp", "native_product.h", "native_lora.h", "native_pack.h")
+)
 MAX_HEAD_WIDTH = 256
 
 
@@ -98,6 +100,8 @@ def library(flags: tuple[str, ...] = ()) -> ctypes.CDLL:
     lib.litchi_run.argtypes = [c_void_p, c_void_p]
     lib.litchi_head_room.argtypes, lib.litchi_head_room.restype = [c_void_p, c_int32], c_long
     lib.litchi_head.argtypes = [c_void_p, c_void_p, c_int32, c_int32, c_void_p, c_int32, c_void_p]
+    lib.litchi_packed.argtypes, lib.litchi_packed.restype = [c_int32, c_int32, c_int32], c_long
+    lib.litchi_pack.argtypes = [c_void_p, c_int32, c_int32, c_int32, c_void_p, c_int32]
     lib.litchi_settle.argtypes = [c_void_p, c_long]
     return lib
 
@@ -262,9 +266,10 @@ class Trunk:
         )
 
     def matrix(self, weight: Tensor, bias: Tensor | None, form: Format) -> CMatrix:
-        outputs, inner = weight.shape
-        packed = pack(weight.detach().float(), form).flatten().view(torch.uint8)
-        room = self.arena.take(len(packed)).copy_(packed)
+        """oracle: packing.pack, but for int4, where steps are looked for that lie nearer to the weights."""
+        (outputs, inner), weight = weight.shape, weight.detach().float().contiguous()
+        room = self.arena.take(self.lib.litchi_packed(outputs, inner, KINDS[form]))
+        self.lib.litchi_pack(weight.data_ptr(), outputs, inner, KINDS[form], room.data_ptr(), self.threads)
         self.held.append(room)
         return CMatrix(room.data_ptr(), None if bias is None else self.hold(bias), KINDS[form], inner, outputs, 0)
 

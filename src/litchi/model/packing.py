@@ -1,8 +1,9 @@
 """How weights and pages lie in memory for the native path: panels of 32 outputs, in the order in which they are read.
 
 int8 and int4 are unsigned, in groups of 32 inner values with an fp16 scale and an fp16 least value for each output: a
-weight is scale * q + least. A group that was so quantised before, and used both its ends, is packed again without loss;
-of SmolLM2's Q4_1 file that holds for a quarter of the weights only.
+weight is scale * q + least. What is multiplied with them is rounded to 16 bits in groups of 32. Here scale and least
+take the whole range of a group; `native_pack.h` does the same for int8, and for int4 looks for steps that lie nearer,
+which finds those of weights that were in four bits before, such as SmolLM2's.
 
 N outputs, I inner values of a matrix; B panels of 32 outputs. L layers, P pages, G key-value heads, K head width.
 """
@@ -38,6 +39,7 @@ def pack(weight: Float[Tensor, "N I"], form: Format) -> Tensor:
 
 def pack_groups(weight: Float[Tensor, "N I"], bits: int) -> UInt8[Tensor, "B groups bytes"]:
     q, scale, least = quantise(weight, bits)
+    """`unpack_groups` is the way back."""
     quads = q.unflatten(0, (-1, 2, BLOCK // 2)).unflatten(4, (-1, 4))  # panel, half, lane, group, quad, value
     quads = quads[..., [0, 2, 1, 3]]  # a mask of every second byte finds a pair of neighbours
     quads = quads.permute(0, 3, 4, 1, 2, 5)  # panel, group, quad, half, lane, value
@@ -47,12 +49,23 @@ def pack_groups(weight: Float[Tensor, "N I"], bits: int) -> UInt8[Tensor, "B gro
     return torch.cat([sizes.flatten(2).contiguous().view(torch.uint8), quads.flatten(2)], 2).contiguous()
 
 
+def unpack_groups(packed: UInt8[Tensor, "B groups bytes"], bits: int) -> Float[Tensor, "N I"]:
+    """The weights that panels stand for, with those that filled up the last."""
+    sizes, quads = packed[:, :, : 4 * BLOCK].contiguous().view(torch.float16), packed[:, :, 4 * BLOCK :]
+    scale, least = (x.transpose(1, 2).flatten(0, 1) for x in sizes.unflatten(2, (2, BLOCK)).unbind(2))
+    quads = quads.unflatten(2, (8, -1, BLOCK // 2, 4))
+    quads = torch.cat([quads & 15, quads >> 4], 3) if bits == 4 else quads
+    quads = quads[..., [0, 2, 1, 3]].permute(0, 3, 4, 1, 2, 5)  # panel, half, lane, group, quad, value
+    return dequantise(quads.flatten(4).flatten(0, 2), scale, least)
+
+
 def quantise(weight: Float[Tensor, "N I"], bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Integers (N, groups, 32), scales and least values (N, groups), both fp16."""
     groups = weight.unflatten(1, (-1, BLOCK))
     least, most, top = groups.amin(2), groups.amax(2), 2**bits - 1
     scale, least = ((most - least) / top).half(), least.half()
-    steps = (groups - least.float()[..., None]) / scale.float().clamp(min=1e-30)[..., None]
+    inverse = 1 / scale.float().clamp(min=1e-30)
+    steps = (groups - least.float()[..., None]) * inverse[..., None]
     return steps.round().clamp(0, top).to(torch.uint8), scale, least
 
 
