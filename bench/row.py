@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
 
@@ -13,9 +14,18 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
-def append(script: str, measure: str, figure: float, unit: str, *, peer: str = "", peer_figure: float = 0.0) -> None:
-    """Append a row to results/SCRIPT.jsonl and print it. The ratio is ours over the peer's."""
-    row = {
+def append(
+    script: str,
+    measure: str,
+    figure: float,
+    unit: str,
+    *,
+    peer: str = "",
+    peer_figure: float = 0.0,
+    beside: Mapping[str, float] | None = None,
+) -> None:
+    """Append a row to results/SCRIPT.jsonl and print it. The ratio is ours over the peer's; `beside` is of others."""
+    row: dict[str, object] = {
         "date": date.today().isoformat(),
         "commit": commit(),
         "hardware": hardware(),
@@ -27,6 +37,8 @@ def append(script: str, measure: str, figure: float, unit: str, *, peer: str = "
         "peer_figure": round(peer_figure, 4),
         "ratio": round(figure / peer_figure, 3) if peer_figure else None,
     }
+    if beside is not None:
+        row["beside"] = {name: float(f"{value:.5g}") for name, value in beside.items()}
     RESULTS.mkdir(exist_ok=True)
     with (RESULTS / f"{script}.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
