@@ -27,7 +27,7 @@ def main() -> None:
     torch.set_num_threads(asked["threads"])
     loaded = load(Path(sys.argv[1]), check=False)
     config = EngineConfig(weights=sys.argv[3], remember=False, path=asked.get("path", "auto"), guess="none")
-    engine = Engine(loaded.model, loaded.processor, config)
+    engine = Engine(loaded.model, loaded.processor, config, take=True)
     started = time.perf_counter() - BEGAN
     params = SamplingParams(max_tokens=asked["tokens"], ignore_eos=True)
     requests = [

@@ -290,6 +290,17 @@ def test_pages_can_be_put_in_order():
             assert torch.allclose(found, wanted, atol=close, rtol=close)
 
 
+def test_a_model_that_nobody_else_needs_is_emptied_as_it_is_packed():
+    """All but what the ways in and the norms need, and what is packed is the same."""
+    model, text = network(SMALL), document(40, 1)
+    wanted = whole(Subject(model, weights="int4"), [text]).found(0)
+    taken = Subject(model, weights="int4", take=True)
+    assert torch.equal(whole(taken, [text]).found(0), wanted)
+    for name, p in model.named_parameters():
+        assert p.numel() > 0 or (name.startswith("layers.") and p.dim() == 1), name
+    assert sum(p.numel() for p in model.layers.parameters()) < 10 * SMALL.width
+
+
 def test_indices_that_lie_outside_are_refused():
     trunk = Subject(network(SMALL))
     reading = Reading(trunk, [document(40, 1)])

@@ -17,7 +17,7 @@ FLAGS = pytest.mark.parametrize("flags", [(), PLAIN], ids=str)
 def packed(weight: Tensor, form: Format, flags: tuple[str, ...] = ()) -> Tensor:
     library, shape = native.library(flags), (*weight.shape, KINDS[form])
     bytes = torch.empty(library.litchi_packed(*shape), dtype=torch.uint8)
-    library.litchi_pack(weight.data_ptr(), *shape, bytes.data_ptr(), 2)
+    library.litchi_pack(weight.data_ptr(), *shape, bytes.data_ptr(), 1, 2)
     return bytes
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -226,6 +228,13 @@ def test_golden_logits_catch_weights_that_were_exchanged_with_their_checksums(co
     forge(copy, name)
     with pytest.raises(BadInput, match="golden logits differ"):
         load(copy)
+
+
+def test_a_load_does_not_wait_for_torch_s_compiler(saved: Path) -> None:
+    """Which takes a second to import, and came along with the first values of parameters that have no memory."""
+    code = f"import sys, pathlib, litchi.model.weights as w; w.load(pathlib.Path({str(saved)!r}))"
+    code += "; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_weights_of_another_architecture_are_refused(copy: Path) -> None:

@@ -13,6 +13,9 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
 
 namespace {
 
@@ -424,11 +427,18 @@ long litchi_packed(int outputs, int inner, int kind) {
   return panel_bytes(m) * ((outputs + BLOCK - 1) / BLOCK);
 }
 
-void litchi_pack(const float* weight, int outputs, int inner, int kind, char* to, int threads) {
+// Every `step`th panel at `to`, so that matrices can take turns.
+void litchi_pack(const float* weight, int outputs, int inner, int kind, char* to, int step, int threads) {
   Matrix m{to, nullptr, kind, inner, outputs, 0};
 #pragma omp parallel for num_threads(threads)
   for (long panel = 0; panel < (outputs + BLOCK - 1) / BLOCK; ++panel)
-    pack_panel(weight, m, panel, to + panel * panel_bytes(m));
+    pack_panel(weight, m, panel, to + panel * step * panel_bytes(m));
+}
+
+void litchi_trim() {  // what has been freed goes back to the system
+#if defined(__GLIBC__)
+  malloc_trim(0);
+#endif
 }
 
 void litchi_settle(void* at, long bytes) {  // large pages for what is read whole for every token

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_float, c_int32, c_long, c_void_p
 from functools import cache
 from pathlib import Path
@@ -101,7 +102,7 @@ def library(flags: tuple[str, ...] = ()) -> ctypes.CDLL:
     lib.litchi_head_room.argtypes, lib.litchi_head_room.restype = [c_void_p, c_int32], c_long
     lib.litchi_head.argtypes = [c_void_p, c_void_p, c_int32, c_int32, c_void_p, c_int32, c_void_p]
     lib.litchi_packed.argtypes, lib.litchi_packed.restype = [c_int32, c_int32, c_int32], c_long
-    lib.litchi_pack.argtypes = [c_void_p, c_int32, c_int32, c_int32, c_void_p, c_int32]
+    lib.litchi_pack.argtypes = [c_void_p, c_int32, c_int32, c_int32, c_void_p, c_int32, c_int32]
     lib.litchi_settle.argtypes = [c_void_p, c_long]
     return lib
 
@@ -135,8 +136,11 @@ class Trunk:
         *,
         threads: int = 0,
         flags: tuple[str, ...] = (),
+        take: bool = False,
     ) -> None:
-        """`dtype` (bfloat16 or float32) is that of the pages. int4 keeps the head in int8, as peers do.
+        """`take` leaves the matrices of the model's layers empty once they are packed: nobody else may need them.
+
+        `dtype` (bfloat16 or float32) is that of the pages. int4 keeps the head in int8, as peers do.
 
         `threads` 0 is torch's number of them. Raises BadInput for a network that the path does not know.
         """
@@ -158,12 +162,17 @@ class Trunk:
             expert = model.get_submodule(f"layers.{index}.experts.0")
             assert isinstance(expert, Expert)
             self.layers[index] = self.layer(expert)
+            if take:
+                for weight in expert.parameters():
+                    weight.data = weight.new_empty(0) if weight.dim() == 2 else weight.data
+        if take:
+            self.lib.litchi_trim()
         head = model.embed_tokens.weight if c.tied else model.lm_head.weight
         self.network = CNetwork(
             *(c.width, c.num_layers, c.num_heads, c.num_kv_heads, c.head_width, c.mlp_width),
             KINDS["bfloat16" if dtype == torch.bfloat16 else "float32"],
             *(c.epsilon, self.layers, self.hold(model.get_parameter("norm.weight"))),
-            self.matrix(head, None, "int8" if weights == "int4" else weights),
+            self.matrix([head], None, "int8" if weights == "int4" else weights),
         )
         self.call, self.room = CCall(threads=self.threads), torch.empty(0, dtype=torch.uint8)
         self.at_network, self.at_call = ctypes.addressof(self.network), ctypes.addressof(self.call)
@@ -254,24 +263,34 @@ class Trunk:
         a, m = expert.self_attn, expert.mlp
         heads = (a.q_proj, a.k_proj, a.v_proj)
         biases = [torch.cat([p.bias for p in heads]) if self.config.qkv_bias else None]
-        gate_up = interleave(m.gate_proj.weight, m.up_proj.weight)
         biases += [interleave(m.gate_proj.bias, m.up_proj.bias) if self.config.mlp_bias else None]
         return CLayer(
-            self.matrix(torch.cat([p.weight for p in heads]), biases[0], self.weights),
-            self.matrix(a.o_proj.weight, a.o_proj.bias, self.weights),
-            self.matrix(gate_up, biases[1], self.weights),
-            self.matrix(m.down_proj.weight, m.down_proj.bias, self.weights),
+            self.matrix([p.weight for p in heads], biases[0], self.weights),
+            self.matrix([a.o_proj.weight], a.o_proj.bias, self.weights),
+            self.matrix([m.gate_proj.weight, m.up_proj.weight], biases[1], self.weights, turns=True),
+            self.matrix([m.down_proj.weight], m.down_proj.bias, self.weights),
             *(self.hold(expert.get_parameter(f"{n}.weight")) for n in ("input_layernorm", "post_attention_layernorm")),
             *(self.hold(a.get_parameter(f"{n}.weight")) for n in ("q_norm", "k_norm") if self.config.qk_norm),
         )
 
-    def matrix(self, weight: Tensor, bias: Tensor | None, form: Format) -> CMatrix:
-        """oracle: packing.pack, but for int4, where steps are looked for that lie nearer to the weights."""
-        (outputs, inner), weight = weight.shape, weight.detach().float().contiguous()
-        room = self.arena.take(self.lib.litchi_packed(outputs, inner, KINDS[form]))
-        self.lib.litchi_pack(weight.data_ptr(), outputs, inner, KINDS[form], room.data_ptr(), self.threads)
+    def matrix(self, parts: Sequence[Tensor], bias: Tensor | None, form: Format, *, turns: bool = False) -> CMatrix:
+        """Matrices below one another, or a panel of each by turns, as `interleave` lays out their biases.
+
+        oracle: packing.pack, but for int4, where steps are looked for that lie nearer to the weights.
+        """
+        kind, inner, outputs = KINDS[form], parts[0].shape[1], sum(map(len, parts))
+        room, panel = (
+            self.arena.take(self.lib.litchi_packed(outputs, inner, kind)),
+            self.lib.litchi_packed(1, inner, kind),
+        )
+        at = room.data_ptr()
+        for index, part in enumerate(parts):
+            weight = part.detach().float().contiguous()
+            to, step = (room.data_ptr() + index * panel, len(parts)) if turns else (at, 1)
+            self.lib.litchi_pack(weight.data_ptr(), len(weight), inner, kind, to, step, self.threads)
+            at += len(weight) // BLOCK * panel
         self.held.append(room)
-        return CMatrix(room.data_ptr(), None if bias is None else self.hold(bias), KINDS[form], inner, outputs, 0)
+        return CMatrix(room.data_ptr(), None if bias is None else self.hold(bias), kind, inner, outputs, 0)
 
     def hold(self, vector: Tensor) -> int:
         self.held.append(vector.detach().float().clone().contiguous())

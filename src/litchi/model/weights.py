@@ -14,7 +14,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from litchi.config import BadInput, from_json, to_json
 from litchi.model.codec import CodecConfig, PixelCodec, PixelCodecConfig, TileCodec, build_codec, regroup
@@ -186,30 +188,47 @@ def load(folder: Path, *, check: bool = True) -> Checkpoint:
     meta = read_meta(folder)
     if not (folder / "model").is_dir():
         raise BadInput(f"{folder} holds no network, but {meta.get('family', 'something else')}: name a checkpoint")
-    if check:
-        check_files(folder, meta)
-    model = load_model(folder)
+    with ThreadPoolExecutor(2) as beside:  # hashing and copying hold nobody up
+        checked = beside.submit(check_files, folder, meta if check else {"files": {}})
+        processor = beside.submit(load_processor, folder / "processor")
+        try:
+            model = load_model(folder)
+        finally:
+            checked.result()  # what is known of a changed file goes before what it made of the load
     if check and meta["golden"] and (gap := golden_gap(golden(model), meta["golden"])) > GOLDEN_TOLERANCE:
         raise BadInput(f"{folder}: golden logits differ by {gap:.2g}: the weights are not those that were saved")
-    return Checkpoint(model, load_processor(folder / "processor"), meta, folder)
+    return Checkpoint(model, processor.result(), meta, folder)
 
 
 def load_model(folder: Path) -> Model:
     """The network alone, in fp32, one tensor after another."""
-    with torch.device("meta"):
+    with torch.device("meta"), Unset():
         model = Model(load_config(folder))
-    model.to_empty(device="cpu")
     named = dict(model.named_parameters())
     with open_tensors(folder / "model") as tensors, torch.no_grad():
         names = {from_hugging_face(name): name for name in tensors.entries}
         if names.keys() != named.keys():
             odd = sorted(names.keys() ^ named.keys())[:3]
             raise BadInput(f"{folder}: weights and config.json do not fit: {', '.join(odd)}: copy the checkpoint again")
+        weights = {}
         for name, parameter in named.items():
             if (found := tensors.entries[names[name]].shape) != tuple(parameter.shape):
                 raise BadInput(f"{folder}: weights and config.json do not fit: {name} is {found}: copy it again")
-            parameter.copy_(tensors.read(names[name], torch.float32))
+            weights[name] = tensors.read(names[name], torch.float32)
+    model.load_state_dict(weights, assign=True)
     return model.eval()
+
+
+class Unset(TorchFunctionMode):
+    """Parameters are made and not filled; to fill meta ones, torch would load its compiler for a second."""
+
+    def __torch_function__(
+        self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: Mapping[str, object] | None = None
+    ) -> object:
+        named = dict(kwargs or {})
+        if getattr(func, "__module__", "") == nn.init.__name__:
+            return named.get("tensor", args[0] if args else None)
+        return func(*args, **named)
 
 
 def load_config(folder: Path) -> ModelConfig:

@@ -38,12 +38,12 @@ from litchi.serve.solo import Put
 log = logging.getLogger("litchi.serve")
 
 
-def runner_of(model: Model, c: EngineConfig, adapters: Adapters | None = None) -> Runner:
+def runner_of(model: Model, c: EngineConfig, adapters: Adapters | None = None, *, take: bool = False) -> Runner:
     """Raises BadInput for a path that does not know the network or the weights."""
     dtype = torch.float32 if c.weights == "float32" else torch.bfloat16
     why = unsupported(model.config)
     if c.path == "native" or (c.path == "auto" and not why and c.exact and c.page % BLOCK == 0):
-        return NativeRunner(model, dtype, c.weights, adapters=adapters)
+        return NativeRunner(model, dtype, c.weights, adapters=adapters, take=take)
     if c.weights not in ("float32", "bfloat16"):
         raise BadInput(
             f"serve.engine.weights={c.weights} is native only, but {why or 'the path is torch'}: set bfloat16"
@@ -79,15 +79,19 @@ class Engine(Asking):
         runner: Runner | None = None,
         adapters: Adapters | None = None,
         draft: Checkpoint | None = None,
+        *,
+        take: bool = False,
     ) -> None:
         """`weights` is what tells these weights from others; a `runner` that is there already need not be built.
 
         `adapters` are what requests may name; a `runner` has the same. `draft` is what `serve.engine.draft` names.
+        `take`: nobody else needs the model, so that a path with matrices of its own may empty the model's.
         """
         self.config = config or EngineConfig()
         self.model, self.processor, self.weights = model, processor, weights
         self.adapters = adapters or Adapters(model)
-        self.runner = runner or runner_of(model, self.config, self.adapters)
+        own_draft = self.config.guess == "draft" and draft is None  # which is packed from the model once more
+        self.runner = runner or runner_of(model, self.config, self.adapters, take=take and not own_draft)
         room = self.runner.room(self.config.cache_tokens // self.config.page + 1, self.config.page)
         self.pages = Pages(*room, clear=self.runner.clear)
         self.scheduler = Scheduler(self.config, self.pages)

@@ -31,7 +31,7 @@ def load_engine(folder: Path, config: ServeConfig) -> Engine:
     weights = sha256(json.dumps(loaded.meta["files"], sort_keys=True).encode()).hexdigest()
     adapters = load_adapters(loaded.model, config.model, config.adapters)
     runner = None if world is None else TensorRunner(loaded.model, dtype_of(config), world)
-    return Engine(loaded.model, loaded.processor, c, weights, runner, adapters, draft).look()
+    return Engine(loaded.model, loaded.processor, c, weights, runner, adapters, draft, take=True).look()
 
 
 def load_answerer(folder: Path, config: ServeConfig) -> Engine | Fleet:

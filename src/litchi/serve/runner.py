@@ -139,9 +139,11 @@ class NativeRunner:
     exact = True
     clear = False
 
-    def __init__(self, model: Model, dtype: torch.dtype, weights: Format, *, adapters: Adapters | None = None) -> None:
-        """`dtype` is that of keys and values. Raises BadInput for a network that the path does not know."""
-        self.trunk = Trunk(model, dtype, weights)
+    def __init__(
+        self, model: Model, dtype: torch.dtype, weights: Format, *, adapters: Adapters | None = None, take: bool = False
+    ) -> None:
+        """`dtype` is that of keys and values; `take` is `Trunk`'s. Raises BadInput for a network it does not know."""
+        self.trunk = Trunk(model, dtype, weights, take=take)
         self.packed = PackedAdapters(adapters.known if adapters else {}, model.config, weights, self.trunk.arena)
         self.model = exact.apply(model.eval())
         self.scored = torch.empty(0, model.config.vocab_size)
