@@ -29,7 +29,7 @@ from litchi.model.weights import load
 from litchi.schema.processor import Builder
 from litchi.schema.sequence import pack
 
-CONTEXT, PAGE, THREADS = 300, 32, 2
+CONTEXT, LONG, PAGE, THREADS = 300, 2048, 32, 2
 SECONDS = 2.0
 FORMATS: tuple[Format, ...] = ("bfloat16", "int8", "int4")
 WINDOWS, WINDOW = 8, 512
@@ -71,6 +71,13 @@ def main(text: str | None) -> None:
             append("native", measure, speed, "tokens/s")
         speed = prefill(trunk, model)
         append("native", f"{form}: tokens read, prompt of 512", speed, "tokens/s")
+    for dtype in (torch.bfloat16, torch.int8):
+        trunk, name = Trunk(model, dtype, "int4"), f"int4, keys and values in {str(dtype).removeprefix('torch.')}"
+        keys, _ = trunk.pages(1, PAGE)
+        append("native", f"{name}: memory of a token", 2 * keys.nbytes / PAGE, "bytes")
+        for sequences in (1, 4):
+            speed = decode(trunk, model, sequences, LONG)
+            append("native", f"{name}: tokens decoded, {sequences} sequences of about {LONG}", speed, "tokens/s")
     if text is not None:
         ids = loaded.processor.tokenizer.encode(Path(text).read_text(encoding="utf-8")[: WINDOWS * WINDOW * 6])
         surprises(model, torch.tensor(ids[: WINDOWS * WINDOW]).view(-1, WINDOW))
@@ -81,6 +88,7 @@ def surprises(model: Model, windows: Tensor) -> None:
     exact = scores_of(Trunk(model, torch.float32, "float32"), model, windows)
     base = perplexity(exact, windows)
     found = {f"native {form}": scores_of(Trunk(model, weights=form), model, windows) for form in FORMATS}
+    found["native bfloat16, keys and values in int8"] = scores_of(Trunk(model, torch.int8), model, windows)
     found["torch bf16"] = torch_scores(model, windows)
     for name, scores in found.items():
         figure = perplexity(scores, windows)
@@ -110,18 +118,18 @@ def perplexity(scores: Tensor, windows: Tensor) -> float:
     return float(F.cross_entropy(scores[:, :-1].flatten(0, 1), windows[:, 1:].flatten()).exp())
 
 
-def decode(trunk: Trunk, model: Model, sequences: int) -> float:
-    """Tokens a second, greedy, scores and choice included, on `sequences` that each have about CONTEXT tokens."""
-    place = Place.of(trunk, model, sequences, CONTEXT + 64)
+def decode(trunk: Trunk, model: Model, sequences: int, context: int = CONTEXT) -> float:
+    """Tokens a second, greedy, scores and choice included, on `sequences` that each have about `context` tokens."""
+    place = Place.of(trunk, model, sequences, context + 64)
     who = torch.arange(sequences)
-    prompt = torch.randint(0, 40_000, (sequences, CONTEXT), generator=torch.Generator().manual_seed(0))
-    place.read(prompt.flatten(), who.repeat_interleave(CONTEXT), torch.arange(CONTEXT).repeat(sequences))
-    tokens, at, scores = prompt[:, -1], CONTEXT, torch.empty(sequences, trunk.config.vocab_size)
+    prompt = torch.randint(0, 40_000, (sequences, context), generator=torch.Generator().manual_seed(0))
+    place.read(prompt.flatten(), who.repeat_interleave(context), torch.arange(context).repeat(sequences))
+    tokens, at, scores = prompt[:, -1], context, torch.empty(sequences, trunk.config.vocab_size)
 
     def step() -> None:
         nonlocal tokens, at
         hidden = place.read(tokens, who, torch.full((sequences,), at))
-        tokens, at = trunk.logits(hidden, scores).argmax(1), CONTEXT + (at + 1 - CONTEXT) % 64
+        tokens, at = trunk.logits(hidden, scores).argmax(1), context + (at + 1 - context) % 64
 
     return sequences / seconds(step)
 

@@ -52,9 +52,17 @@ class Alone(Engine):
     """The oracle of a path that the reference decoder does not have: one document at a time, all of it for every
     token, and nothing is remembered."""
 
-    def __init__(self, net: Model, p: Processor, weights: Format, runner: Runner | None = None) -> None:
+    def __init__(
+        self,
+        net: Model,
+        p: Processor,
+        weights: Format,
+        runner: Runner | None = None,
+        *,
+        kv: Literal["auto", "int8"] = "auto",
+    ) -> None:
         settings = {"max_running": 1, "step_tokens": 1 << 30, "remember": False, "guess": "none"}
-        config = EngineConfig(path="native", weights=weights, **settings)
+        config = EngineConfig(path="native", weights=weights, kv=kv, **settings)
         super().__init__(net, p, config, runner=runner)
 
     def commit(self, track: Track, piece: Piece, answer: torch.Tensor | None) -> None:
@@ -174,13 +182,15 @@ def test_no_schedule_changes_an_answer(kind: str, dtype: Literal["float32", "bfl
 
 
 @pytest.mark.skipif(not compiler(), reason="needs a C++ compiler")
-@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])
-def test_no_schedule_changes_an_answer_of_the_native_path(weights: Format) -> None:
+@pytest.mark.parametrize(
+    ("weights", "kv"), [*((w, "auto") for w in ("float32", "bfloat16", "int8", "int4")), ("bfloat16", "int8")]
+)
+def test_no_schedule_changes_an_answer_of_the_native_path(weights: Format, kv: Literal["auto", "int8"]) -> None:
     p = processor()
     net = model(p, wide=True)
-    oracle, expected, gave_way = Alone(net, p, weights), {}, 0
+    oracle, expected, gave_way = Alone(net, p, weights, kv=kv), {}, 0
     for seed in range(SCHEDULES):
-        rng = random.Random(f"{weights}{seed}")
+        rng = random.Random(f"{weights}{kv}{seed}")
         requests = [request(rng, "mask") for _ in range(rng.randrange(6, 16))]
         config = EngineConfig(
             max_running=rng.choice((1, 6, 16)),
@@ -190,6 +200,7 @@ def test_no_schedule_changes_an_answer_of_the_native_path(weights: Format) -> No
             remember=rng.random() < 0.8,
             path="native",
             weights=weights,
+            kv=kv,
         )
         engine = Engine(net, p, config)
         for asked, answer in zip(requests, play(engine, requests, rng), strict=True):

@@ -35,10 +35,11 @@ from litchi.model.network import Expert, Model, ModelConfig
 from litchi.model.packing import BLOCK, KINDS, Format
 from litchi.model.vision import Tower
 
-SOURCES = tuple(
-    Path(__file__).with_name(name) for name in ("native.cpp", "native_product.h", "native_lora.h", "native_pack.h")
-)
+HEADERS = ("native_product.h", "native_attention.h", "native_eight.h", "native_pack.h", "native_lora.h")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", *HEADERS))
 MAX_HEAD_WIDTH = 256
+PAGES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+"""Types of keys and values, as C++ counts them; those of int8 have a scale of 4 bytes."""
 
 
 def unsupported(c: ModelConfig) -> str:
@@ -140,15 +141,15 @@ class Trunk:
     ) -> None:
         """`take` leaves the matrices of the model's layers empty once they are packed: nobody else may need them.
 
-        `dtype` (bfloat16 or float32) is that of the pages. int4 keeps the head in int8, as peers do.
+        `dtype` (bfloat16, float32 or int8) is that of the pages. int4 keeps the head in int8, as peers do.
 
         `threads` 0 is torch's number of them. Raises BadInput for a network that the path does not know.
         """
         c = model.config
         if why := unsupported(c):
             raise BadInput(why)
-        if dtype not in (torch.bfloat16, torch.float32):
-            raise BadInput(f"pages are bfloat16 or float32, not {dtype}")
+        if dtype not in PAGES:
+            raise BadInput(f"pages are bfloat16, float32 or int8, not {dtype}")
         self.config, self.dtype, self.weights = c, dtype, weights
         self.threads = threads or torch.get_num_threads()
         self.lib = library(flags)
@@ -170,7 +171,7 @@ class Trunk:
         head = model.embed_tokens.weight if c.tied else model.lm_head.weight
         self.network = CNetwork(
             *(c.width, c.num_layers, c.num_heads, c.num_kv_heads, c.head_width, c.mlp_width),
-            KINDS["bfloat16" if dtype == torch.bfloat16 else "float32"],
+            PAGES[dtype],
             *(c.epsilon, self.layers, self.hold(model.get_parameter("norm.weight"))),
             self.matrix([head], None, "int8" if weights == "int4" else weights),
         )
@@ -180,13 +181,14 @@ class Trunk:
     def pages(self, num_pages: int, page: int = BLOCK) -> tuple[Tensor, Tensor]:
         """Room for keys and values, each (num_layers, num_pages, G, page, K); `page` is a multiple of 32 tokens.
 
+        int8 has K + 4 bytes a token, of which the last are its scale as fp32.
         Every key is written before it is read, so that nothing need be cleared. Within a page values do not lie in the
         order of the shape: `packing.logical_keys` and `logical_values` give that.
         """
         if page % BLOCK or page <= 0:
             raise BadInput(f"a page has a multiple of {BLOCK} tokens, not {page}")
         c = self.config
-        shape = (c.num_layers, num_pages, c.num_kv_heads, page, c.head_width)
+        shape = (c.num_layers, num_pages, c.num_kv_heads, page, c.head_width + 4 * (self.dtype == torch.int8))
         size = math.prod(shape) * self.dtype.itemsize
         keys, values = (Arena(self.lib, size).take(size).view(self.dtype).view(shape) for _ in range(2))
         return keys, values

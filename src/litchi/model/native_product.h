@@ -77,7 +77,7 @@ INLINE i16x dot_integers(i16x sum, u16x w, word x) {
 #if defined(__AVX512VNNI__) && !defined(LITCHI_PLAIN)
   return (i16x)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(x));
 #else
-  return sum + (i16x)(w & 0xffffu) * (int32_t)(int16_t)x + (i16x)(w >> 16) * (int32_t)(int16_t)(x >> 16);
+  return sum + ((i16x)(w << 16) >> 16) * (int32_t)(int16_t)x + ((i16x)w >> 16) * (int32_t)(int16_t)(x >> 16);
 #endif
 }
 

@@ -43,7 +43,9 @@ def runner_of(model: Model, c: EngineConfig, adapters: Adapters | None = None, *
     dtype = torch.float32 if c.weights == "float32" else torch.bfloat16
     why = unsupported(model.config)
     if c.path == "native" or (c.path == "auto" and not why and c.exact and c.page % BLOCK == 0):
-        return NativeRunner(model, dtype, c.weights, adapters=adapters, take=take)
+        return NativeRunner(model, torch.int8 if c.kv == "int8" else dtype, c.weights, adapters=adapters, take=take)
+    if c.kv == "int8":
+        raise BadInput(f"serve.engine.kv=int8 is native only, but {why or 'the path is torch'}: set auto")
     if c.weights not in ("float32", "bfloat16"):
         raise BadInput(
             f"serve.engine.weights={c.weights} is native only, but {why or 'the path is torch'}: set bfloat16"

@@ -147,7 +147,7 @@ class NativeRunner:
         self.packed = PackedAdapters(adapters.known if adapters else {}, model.config, weights, self.trunk.arena)
         self.model = exact.apply(model.eval())
         self.scored = torch.empty(0, model.config.vocab_size)
-        self.name = f"{Path(self.trunk.lib._name).stem} {weights}"
+        self.name = f"{Path(self.trunk.lib._name).stem} {weights}{' kv int8' if dtype == torch.int8 else ''}"
 
     def room(self, num_pages: int, size: int) -> tuple[Tensor, Tensor]:
         return self.trunk.pages(num_pages, size)
