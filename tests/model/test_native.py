@@ -274,9 +274,10 @@ def test_keys_and_values_in_8_bits_lie_near_the_network(flags: tuple[str, ...]):
     oracle: Model.forward"""
     for c in (SMALL, VARIANTS["many heads of one key"], VARIANTS["wide heads"]):
         model, text = network(c), document(300, 1, span=(100, 133))
+        model.embed_tokens.weight.div_(40)  # so that what attention adds is most of the rest
         trunk = Subject(model, torch.int8, "float32", threads=2, flags=flags)
         found, wanted = whole(trunk, [text]).found(0)[:, c.width :], torch_found(model, pack_documents([text]))
-        assert (found - wanted).pow(2).mean().sqrt() < 5e-4 * wanted.pow(2).mean().sqrt()
+        assert (found - wanted).pow(2).mean().sqrt() < 0.012 * wanted.pow(2).mean().sqrt()
 
 
 @pytest.mark.parametrize("bits", [4, 8])
