@@ -14,7 +14,7 @@ from litchi.config import BadInput
 from litchi.model import compiled, native
 from litchi.model.moe import Mixture
 from litchi.model.native import Trunk
-from litchi.model.network import Model, ModelConfig, initialise
+from litchi.model.network import Model, ModelConfig
 from litchi.model.packing import Format, dequantise, logical_keys, logical_values, pack, quantise
 from litchi.model.rope import rotations
 from litchi.model.vision import Tower
@@ -35,8 +35,9 @@ FORMATS: tuple[Format, ...] = ("bfloat16", "float32", "int8", "int4")
 
 def network(c: ModelConfig, seed: int = 0) -> Model:
     """Weights large enough that attention is far from even, and biases and norms that are not their neutral values."""
-    model = Model(c).eval().requires_grad_(False)
-    initialise(model, seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Model(c).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         if p.dim() < 2:
