@@ -83,6 +83,7 @@ class Draft:
             self.hope.setdefault(ask.track, 1.0)
         going = self.worth({index: (ask, 1.0) for index, ask in enumerate(asks)})
         if not going:
+            self.step.fade()
             self.hope |= {ask.track: 1 - OLD * (1 - self.hope[ask.track]) for ask in asks}
         pieces = self.begin({index: asks[index] for index in going})
         while pieces:
