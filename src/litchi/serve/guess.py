@@ -31,7 +31,7 @@ NEW, OLD = 0.95, 0.98
 """What is left of what was known at each further guess, and at each that was not worth trying."""
 
 
-PAYS: dict[Format, int] = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 6}
+PAYS: dict[Format, int] = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 6, "w8a8": 8, "w4a8": 6}
 """For `guess_rows`: the smaller weights are, the less of a step is reading them (bench/guess.py, one thread)."""
 
 
