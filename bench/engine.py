@@ -74,7 +74,7 @@ def systems(prompts: Path, exported: Path) -> list[System]:
     checkpoint = str(find_checkpoint("smollm2"))
     ours = [
         System(f"ours, {w}", [sys.executable, str(HERE / "litchi_engine.py"), checkpoint, str(prompts), w])
-        for w in ("bfloat16", "int8", "int4")
+        for w in ("bfloat16", "int8", "int4", "w4a8")
     ]
     assert cli(["convert", checkpoint, str(exported), "--to", "huggingface", "--dtype", "bfloat16"]) == 0
     theirs = [

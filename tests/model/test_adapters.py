@@ -217,7 +217,7 @@ def test_narrow_products_keep_the_rule_of_rows(dtype: torch.dtype) -> None:
     assert not exact.broken(dtype, shapes)
 
 
-LIKENESS = {"float32": 0.9999, "bfloat16": 0.99, "int8": 0.9, "int4": 0.8}
+LIKENESS = {"float32": 0.9999, "bfloat16": 0.99, "int8": 0.9, "int4": 0.8, "w8a8": 0.9, "w4a8": 0.8}
 """Cosines between changes: the network's own rounding differs with and without an adapter."""
 
 

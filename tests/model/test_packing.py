@@ -35,7 +35,7 @@ def some_weights(seed: int = 0) -> Tensor:
 
 
 @FLAGS
-@pytest.mark.parametrize("form", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "int8", "w8a8"])
 def test_it_is_packed_as_the_slow_way_packs_it(form: Format, flags: tuple[str, ...]):
     """oracle: packing.pack"""
     weight = some_weights()

@@ -121,7 +121,7 @@ def test_no_schedule_and_no_neighbours_adapter_changes_an_answer(dtype: Format) 
 
 
 @pytest.mark.skipif(not compiler(), reason="needs a C++ compiler")
-@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4", "w4a8"])
 def test_nor_does_one_on_the_native_path(weights: Format) -> None:
     p, net, adapters = network()
     kind = torch.float32 if weights == "float32" else torch.bfloat16

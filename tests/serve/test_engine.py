@@ -183,7 +183,7 @@ def test_no_schedule_changes_an_answer(kind: str, dtype: Literal["float32", "bfl
 
 @pytest.mark.skipif(not compiler(), reason="needs a C++ compiler")
 @pytest.mark.parametrize(
-    ("weights", "kv"), [*((w, "auto") for w in ("float32", "bfloat16", "int8", "int4")), ("bfloat16", "int8")]
+    ("weights", "kv"), [*((w, "auto") for w in ("float32", "bfloat16", "int8", "int4", "w4a8")), ("bfloat16", "int8")]
 )
 def test_no_schedule_changes_an_answer_of_the_native_path(weights: Format, kv: Literal["auto", "int8"]) -> None:
     p = processor()

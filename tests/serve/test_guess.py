@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Literal
 
 import httpx
@@ -373,6 +374,23 @@ def test_luck_is_learned_and_fades() -> None:
     for _ in range(300):
         luck.rest(2)
     assert luck.chance(2) > 0.4, "what was given up is tried again"
+
+
+def test_what_took_long_once_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, now = Clock(), [0.0]
+    monkeypatch.setattr("litchi.serve.guess.time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def take(seconds: float) -> float:
+        clock.start()
+        now[0] += seconds
+        clock.stop()
+        return clock.seconds
+
+    assert take(50.0) == 0, "the first is cold"
+    assert take(2.0) == 2.0 and take(40.0) == pytest.approx(2.1) and take(1.0) == 1.0
+    for _ in range(400):
+        clock.fade()
+    assert clock.seconds < 0.5
 
 
 def test_only_the_token_that_was_guessed_is_answered() -> None:

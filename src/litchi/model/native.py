@@ -37,6 +37,8 @@ from litchi.model.vision import Tower
 
 HEADERS = ("native_product.h", "native_attention.h", "native_eight.h", "native_pack.h", "native_lora.h")
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", *HEADERS))
+HEADS: dict[Format, Format] = {"int4": "int8", "w4a8": "w8a8"}
+"""What the head is kept in, where that is not what the layers are."""
 MAX_HEAD_WIDTH = 256
 PAGES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 """Types of keys and values, as C++ counts them; those of int8 have a scale of 4 bytes."""
@@ -141,7 +143,7 @@ class Trunk:
     ) -> None:
         """`take` leaves the matrices of the model's layers empty once they are packed: nobody else may need them.
 
-        `dtype` (bfloat16, float32 or int8) is that of the pages. int4 keeps the head in int8, as peers do.
+        `dtype` (bfloat16, float32 or int8) is that of the pages. Of 4 bits the head keeps 8, as peers do.
 
         `threads` 0 is torch's number of them. Raises BadInput for a network that the path does not know.
         """
@@ -173,7 +175,7 @@ class Trunk:
             *(c.width, c.num_layers, c.num_heads, c.num_kv_heads, c.head_width, c.mlp_width),
             PAGES[dtype],
             *(c.epsilon, self.layers, self.hold(model.get_parameter("norm.weight"))),
-            self.matrix([head], None, "int8" if weights == "int4" else weights),
+            self.matrix([head], None, HEADS.get(weights, weights)),
         )
         self.call, self.room = CCall(threads=self.threads), torch.empty(0, dtype=torch.uint8)
         self.at_network, self.at_call = ctypes.addressof(self.network), ctypes.addressof(self.call)

@@ -92,12 +92,12 @@ struct Lora {
   const word* words_of(const Rows& x, long row) const {
     const word* from = x.data + row * x.stride();
     if (x.kind == F32 || x.kind == BF16) return from;
-    typedef int16_t s16 __attribute__((vector_size(32), aligned(2), may_alias));
-    const int16_t* q = reinterpret_cast<const int16_t*>(from);
     const float* scale = x.scale + row * (x.width / BLOCK);
-    for (int i = 0; i < x.width; i += 16)
-      Half::keep(reinterpret_cast<uint16_t*>(row_words) + i,
-                 __builtin_convertvector(*reinterpret_cast<const s16*>(q + i), v16) * scale[i / BLOCK]);
+    for (int i = 0; i < x.width; i += 16) {
+      v16 q;
+      for (int k = 0; k < 16; ++k) q[k] = x.at(from, i + k);
+      Half::keep(reinterpret_cast<uint16_t*>(row_words) + i, q * scale[i / BLOCK]);
+    }
     return row_words;
   }
 

@@ -131,7 +131,8 @@ void pack_panel(const float* weight, const Matrix& m, long panel, char* to) {
           *reinterpret_cast<u16_loose*>(to + i * 64) = first | (__builtin_convertvector(to_bf16(pair[1]), u16x) << 16);
         }
         break;
-      case INT8: pack_groups<8>(w, to); break;
+      case INT8:
+      case W8A8: pack_groups<8>(w, to); break;
       default: pack_groups<4>(w, to);
     }
   }

@@ -4,7 +4,7 @@
 // another, so that neither the number of rows nor their neighbours can change a bit. Build without -ffast-math and with
 // -ffp-contract=off; a fused multiply-add is written where it is meant. LITCHI_PLAIN leaves out every intrinsic.
 //
-// A word is 32 bits: one fp32, a pair of bf16 or of int16, which is what one step of a sum takes from a row.
+// A word is 32 bits: one fp32, a pair of bf16 or of int16, or four int8: what one step of a sum takes from a row.
 
 #pragma once
 
@@ -36,7 +36,7 @@ constexpr int ROWS = 12;         // rows of a tile: 24 accumulators of 32 regist
 constexpr int QUANTISED_ROWS = 6;  // of a quantised tile, which keeps integers and sums
 constexpr int SPINS = 2000;      // of a thread that waits, some tens of microseconds, before it lets others run
 constexpr int PAD = 16;          // words behind each row, so that rows do not fall into one set of the cache
-enum Kind { F32, BF16, INT8, INT4 };
+enum Kind { F32, BF16, INT8, INT4, W8A8, W4A8 };  // the last two round rows to 8 bits as well
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -78,6 +78,16 @@ INLINE i16x dot_integers(i16x sum, u16x w, word x) {
   return (i16x)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(x));
 #else
   return sum + ((i16x)(w << 16) >> 16) * (int32_t)(int16_t)x + ((i16x)w >> 16) * (int32_t)(int16_t)(x >> 16);
+#endif
+}
+
+// Sixteen quadruples of unsigned bytes with one of signed bytes.
+INLINE i16x dot_quads(i16x sum, u16x w, word x) {
+#if defined(__AVX512VNNI__) && !defined(LITCHI_PLAIN)
+  return (i16x)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(x));
+#else
+  for (int byte = 0; byte < 32; byte += 8) sum += (i16x)((w >> byte) & 255u) * (int32_t)(int8_t)(x >> byte);
+  return sum;
 #endif
 }
 
@@ -182,12 +192,14 @@ void tile(const word* x, long stride, const word* w, int inner, float* out, long
 
 // The same for weights in groups of 32 inner values: 32 scales and 32 least values in fp16, then unsigned integers by
 // fours, in the order 0 2 1 3, so that a mask finds a pair. A weight is scale * q + least, and a row has integers, a
-// scale and a sum for each of its groups. The sum of a group is exact: at most 255 * 32767 * 32 < 2^31.
-template <int BITS, int R>
+// scale and a sum for each of its groups. The sum of a group is exact: at most 255 * 32767 * 32 < 2^31. Rows have 16
+// bits, or 8, and then twice as much is summed in a step.
+template <int BITS, int ROW_BITS, int R>
 void quantised_tile(const word* x, long stride, const float* scale, const float* sum, const char* w, int inner,
                     float* out) {
   constexpr int PANEL = 128 + BLOCK * BLOCK * BITS / 8;
-  constexpr word MASK = BITS == 4 ? 0x000f000fu : 0x00ff00ffu;
+  constexpr int PAIRS = ROW_BITS == 16 ? 2 : 1;  // words of a row beside one of weights
+  constexpr word BYTES = BITS == 4 ? 0x0f0f0f0fu : ~0u, MASK = ROW_BITS == 16 ? BYTES & 0x00ff00ffu : BYTES;
   constexpr int WAYS = R == 1 ? 4 : R == 2 ? 2 : 1;  // sums that need not wait for one another, where rows are few
   v16 a[R]{}, b[R]{};
   int groups = inner / BLOCK;
@@ -197,12 +209,16 @@ void quantised_tile(const word* x, long stride, const float* scale, const float*
     for (int i = 0; i < 8; ++i) {
       u16x wa = bits(w + 128 + i * 16 * BITS), wb = BITS == 4 ? wa >> 4 : bits(w + 192 + i * 16 * BITS);
 #pragma GCC unroll 2
-      for (int pair = 0; pair < 2; ++pair, wa >>= 8, wb >>= 8) {
+      for (int pair = 0; pair < PAIRS; ++pair, wa >>= 8, wb >>= 8) {
 #pragma GCC unroll 12
         for (int r = 0; r < R; ++r) {
-          word both = x[r * stride + g * 16 + i * 2 + pair];
-          i16x &a_sum = p[r][(i * 2 + pair) % WAYS], &b_sum = q[r][(i * 2 + pair) % WAYS];
-          a_sum = dot_integers(a_sum, wa & MASK, both), b_sum = dot_integers(b_sum, wb & MASK, both);
+          int at = i * PAIRS + pair;
+          word both = x[r * stride + g * 8 * PAIRS + at];
+          i16x &a_sum = p[r][at % WAYS], &b_sum = q[r][at % WAYS];
+          if constexpr (ROW_BITS == 16)
+            a_sum = dot_integers(a_sum, wa & MASK, both), b_sum = dot_integers(b_sum, wb & MASK, both);
+          else
+            a_sum = dot_quads(a_sum, wa & MASK, both), b_sum = dot_quads(b_sum, wb & MASK, both);
         }
       }
     }
@@ -225,9 +241,9 @@ typedef void (*QuantisedTile)(const word*, long, const float*, const float*, con
 template <class E>
 constexpr Tile TILES[] = {tile<E, 1>, tile<E, 2>, tile<E, 3>, tile<E, 4>,  tile<E, 5>,  tile<E, 6>,
                           tile<E, 7>, tile<E, 8>, tile<E, 9>, tile<E, 10>, tile<E, 11>, tile<E, 12>};
-template <int B>
-constexpr QuantisedTile QUANTISED_TILES[] = {quantised_tile<B, 1>, quantised_tile<B, 2>, quantised_tile<B, 3>,
-                                             quantised_tile<B, 4>, quantised_tile<B, 5>, quantised_tile<B, 6>};
+template <int B, int A>
+constexpr QuantisedTile QUANTISED_TILES[] = {quantised_tile<B, A, 1>, quantised_tile<B, A, 2>, quantised_tile<B, A, 3>,
+                                             quantised_tile<B, A, 4>, quantised_tile<B, A, 5>, quantised_tile<B, A, 6>};
 
 struct Matrix {  // native.py mirrors it
   const char* data;
@@ -279,7 +295,13 @@ struct Rows {
   word* data;
   float *scale, *sum;  // of quantised rows, one for each 32 values
 
-  long stride() const { return (kind == F32 ? width : width / 2) + PAD; }
+  long stride() const { return (kind == F32 ? width : kind < W8A8 ? width / 2 : width / 4) + PAD; }
+  float at(const word* row, int i) const {  // an integer of a quantised row
+    if (kind < W8A8) return reinterpret_cast<const int16_t*>(row)[i];
+    return reinterpret_cast<const int8_t*>(row)[swapped(i)];
+  }
+
+  static int swapped(int i) { return (i & ~3) | (i & 1) << 1 | (i & 2) >> 1; }  // 0 2 1 3 of each four, as weights lie
   static long bytes(int width, long rows) { return rows * 4 * (width + PAD + width / BLOCK * 2) + 192; }
 
   void keep(long row, int block, v16 lo, v16 hi) const {  // 32 values
@@ -290,17 +312,22 @@ struct Rows {
     } else if (kind == BF16) {
       Half::keep(reinterpret_cast<uint16_t*>(to) + block * BLOCK, lo);
       Half::keep(reinterpret_cast<uint16_t*>(to) + block * BLOCK + 16, hi);
+    } else if (kind < W8A8) {
+      // 8 bits are too few for groups with large values, and cost SmolLM2 the capital of France.
+      keep_quantised(row * (width / BLOCK) + block, reinterpret_cast<int16_t*>(to) + block * BLOCK, lo, hi, 32767.f);
     } else {
-      keep_quantised(row * (width / BLOCK) + block, reinterpret_cast<int16_t*>(to) + block * BLOCK, lo, hi);
+      int16_t wide[BLOCK];
+      int8_t* narrow = reinterpret_cast<int8_t*>(to) + block * BLOCK;
+      keep_quantised(row * (width / BLOCK) + block, wide, lo, hi, 127.f);
+      for (int i = 0; i < BLOCK; ++i) narrow[swapped(i)] = (int8_t)wide[i];
     }
   }
 
-  // To 16 bits: 8 are too few for groups with large values, and cost SmolLM2 the capital of France.
-  void keep_quantised(long group, int16_t* to, v16 lo, v16 hi) const {
+  void keep_quantised(long group, int16_t* to, v16 lo, v16 hi, float top) const {
     typedef int16_t s16 __attribute__((vector_size(32), aligned(2), may_alias));
     v16 size_lo = (v16)((u16x)lo & 0x7fffffffu), size_hi = (v16)((u16x)hi & 0x7fffffffu);
     float most = max16(size_lo > size_hi ? size_lo : size_hi);
-    float step = most / 32767.f, inverse = most > 0.f ? 32767.f / most : 0.f;
+    float step = most / top, inverse = most > 0.f ? top / most : 0.f;
     lo = nearest(lo * inverse), hi = nearest(hi * inverse);
     i16x a = __builtin_convertvector(lo, i16x), b = __builtin_convertvector(hi, i16x);
     *reinterpret_cast<s16*>(to) = __builtin_convertvector(a, s16);
@@ -327,7 +354,8 @@ long panel_bytes(const Matrix& m) {
   switch (m.kind) {
     case F32: return (long)m.inner * BLOCK * 4;
     case BF16: return (long)m.inner * BLOCK * 2;
-    case INT8: return (long)m.inner / BLOCK * (128 + BLOCK * BLOCK);
+    case INT8:
+    case W8A8: return (long)m.inner / BLOCK * (128 + BLOCK * BLOCK);
     default: return (long)m.inner / BLOCK * (128 + BLOCK * BLOCK / 2);
   }
 }
@@ -345,7 +373,10 @@ void product(const Matrix& m, const Rows& x, long rows, Range share, Put put) {
       long row = rows * b / blocks, count = rows * (b + 1) / blocks - row;
       const word* from = x.data + row * stride;
       if (m.kind >= INT8) {
-        auto run = (m.kind == INT8 ? QUANTISED_TILES<8> : QUANTISED_TILES<4>)[count - 1];
+        auto run = (m.kind == INT8   ? QUANTISED_TILES<8, 16>
+                    : m.kind == INT4 ? QUANTISED_TILES<4, 16>
+                    : m.kind == W8A8 ? QUANTISED_TILES<8, 8>
+                                     : QUANTISED_TILES<4, 8>)[count - 1];
         run(from, stride, x.scale + row * groups, x.sum + row * groups, w, m.inner, out);
       } else {
         std::fill(out, out + count * BLOCK, 0.f);

@@ -20,9 +20,11 @@ from torch import Tensor
 BLOCK = 32
 """Outputs of a panel, inner values of a group, tokens of a block of keys."""
 
-Format = Literal["float32", "bfloat16", "int8", "int4"]
-KINDS: dict[str, int] = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
-BITS = {"int8": 8, "int4": 4}
+Format = Literal["float32", "bfloat16", "int8", "int4", "w8a8", "w4a8"]
+"""What weights are rounded to; w8a8 and w4a8 round what layers read to 8 bits as well, as llama.cpp does: faster, and
+further from fp32."""
+KINDS: dict[str, int] = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3, "w8a8": 4, "w4a8": 5}
+BITS = {"int8": 8, "int4": 4, "w8a8": 8, "w4a8": 4}
 
 
 def pack(weight: Float[Tensor, "N I"], form: Format) -> Tensor:

@@ -86,6 +86,9 @@ def truncate(logprob: Float[Tensor, "... V"], params: SamplingParams) -> Float[T
 
     So is what has less than `min_p` of the best one's probability (Nguyen et al. 2024).
     """
+    if params.top_p >= 1 and not params.top_k:  # a sort of the whole vocabulary takes longer than a small network
+        probability = logprob.softmax(-1)
+        return probability * (probability >= params.min_p * probability.amax(-1, keepdim=True))
     best, order = logprob.softmax(-1).sort(descending=True, stable=True)
     keep = best.cumsum(-1) - best < params.top_p
     if params.top_k:

@@ -50,7 +50,7 @@ def guesser_of(
         return OwnPages(reader, size(reader) / size(runner), c, len(pages.readers))
     if c.draft not in SAME:
         raise BadInput(f"serve.engine.draft={c.draft} is no format: give int4, int8 or the folder of a checkpoint")
-    if not isinstance(runner, NativeRunner) or c.weights in SAME:
+    if not isinstance(runner, NativeRunner) or c.weights not in ("float32", "bfloat16"):
         why = "it guesses for weights of 16 or 32 bits that the native path reads"
         raise BadInput(f"serve.engine.draft={c.draft} cannot guess here, {why}: name a checkpoint, or guess=ngram")
     form: Format = "int4" if c.draft == "int4" else "int8"
@@ -83,6 +83,7 @@ class Draft:
             self.hope.setdefault(ask.track, 1.0)
         going = self.worth({index: (ask, 1.0) for index, ask in enumerate(asks)})
         if not going:
+            self.step.fade()
             self.hope |= {ask.track: 1 - OLD * (1 - self.hope[ask.track]) for ask in asks}
         pieces = self.begin({index: asks[index] for index in going})
         while pieces:

@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from jaxtyping import Float
 from torch import Tensor
@@ -31,7 +31,7 @@ NEW, OLD = 0.95, 0.98
 """What is left of what was known at each further guess, and at each that was not worth trying."""
 
 
-PAYS: dict[Format, int] = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 6}
+PAYS: dict[Format, int] = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 6, "w8a8": 8, "w4a8": 6}
 """For `guess_rows`: the smaller weights are, the less of a step is reading them (bench/guess.py, one thread)."""
 
 
@@ -78,11 +78,19 @@ class Luck:
 
 @dataclass(slots=True)
 class Clock:
-    """What something takes lately; what it costs decides how much is guessed, and no more than that."""
+    """What something takes; what it costs decides how much is guessed, and no more than that.
+
+    It falls at once and rises slowly, since a busy machine only ever takes longer; the first time, which is cold, does
+    not count.
+    """
+
+    RISE: ClassVar[float] = 1.05
+    FADE: ClassVar[float] = 0.998
 
     seconds: float = 0.0
     began: float | None = None
     share: float = 1.0
+    cold: bool = True
 
     def start(self, share: float = 1.0) -> None:
         """Only a share of the time counts."""
@@ -92,7 +100,13 @@ class Clock:
         """Harmless if it was not started."""
         if self.began is not None:
             taken, self.began = self.share * (time.perf_counter() - self.began), None
-            self.seconds = NEW * self.seconds + (1 - NEW) * taken if self.seconds else taken
+            if not self.cold:
+                self.seconds = min(taken, self.seconds * self.RISE or taken)
+            self.cold = False
+
+    def fade(self) -> None:
+        """It was thought too dear to be tried: what is believed of it fades, or it would never be measured again."""
+        self.seconds *= self.FADE
 
 
 @dataclass(frozen=True, slots=True)

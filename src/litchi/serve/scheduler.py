@@ -34,7 +34,7 @@ class EngineConfig:
     path: Literal["auto", "native", "torch"] = "auto"
     """Who computes: C++ on a CPU, which "auto" takes if it knows the network and there is a compiler, or PyTorch."""
     weights: Format = "bfloat16"
-    """What matrices are stored in; int8 and int4 are native only."""
+    """What matrices are stored in; int8 and int4 are native only, and w8a8 and w4a8, by which layers read 8 bits."""
     kv: Literal["auto", "int8"] = "auto"
     """What keys and values are stored in: "auto" is float32 if `weights` are, else bfloat16; int8 is native only."""
     guess: Literal["none", "ngram", "draft"] = "ngram"
