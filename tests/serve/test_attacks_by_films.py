@@ -50,10 +50,10 @@ def test_a_film_of_ten_thousand_frames_is_not_unrolled(door) -> None:
     at = apng.index(b"acTL") + 4
     promise = struct.pack(">II", 2**31 - 1, 0)
     endless = apng[: at - 8] + chunk(b"acTL", promise) + apng[at + 12 :]
-    for raw in (tiny, wide, endless):
-        with within(100 << 20):
-            assert ask(door.url, plays(url_of(raw, "gif")))[0] in (200, 400)
-    assert ask(door.url, plays(url_of(tiny, "gif")))[0] == 400
+    with within(100 << 20):
+        assert ask(door.url, plays(url_of(endless, "gif")))[0] in (200, 400)
+    status, told = ask(door.url, plays(url_of(tiny, "gif")))
+    assert status == 400 and "frames or" in told, told
     status, told = ask(door.url, plays(url_of(wide, "gif")))
     assert status == 400 and "pixels in all" in told, told
     assert time.monotonic() - began < 20 and is_well(door.url)
@@ -95,25 +95,28 @@ def test_broken_films_tell_nothing_of_the_decoder(door) -> None:
     whole = [animated(kind) for kind in ("GIF", "PNG", "WEBP")] + [movie("mp4", "libx264"), movie("webm", "libvpx")]
     for raw in whole:
         assert ask(door.url, plays(url_of(raw, "mp4")))[0] == 200
-        cuts = [raw[:length] for length in (0, 3, 12, len(raw) // 2, len(raw) - 9)]
-        for _ in range(3):
+        cuts = [raw[: len(raw) // 2], raw[:-9], raw[:12]]
+        for _ in range(2):
             broken = bytearray(raw)
             for place in rng.integers(12, len(broken), 9):
                 broken[place] = rng.integers(256)
             cuts.append(bytes(broken))
-        for cut in cuts[:: 1 if raw is whole[0] else 2]:
+        for cut in cuts[:: 1 if raw is whole[0] else 3]:
             assert ask(door.url, plays(url_of(cut, "mp4")))[0] in (200, 400)
     assert is_well(door.url)
 
 
-def movie(kind: str, codec: str, frames: int = 5, size: tuple[int, int] = (64, 64)) -> bytes:
+def movie(
+    kind: str, codec: str, frames: int = 5, size: tuple[int, int] = (64, 64), picture: Pillow.Image | None = None
+) -> bytes:
     av = pytest.importorskip("av")
     out = io.BytesIO()
     with av.open(out, "w", format=kind) as container:
         stream = container.add_stream(codec, rate=10)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         for shade in range(frames):
-            for packet in stream.encode(av.VideoFrame.from_image(Pillow.new("RGB", size, (shade * 40, 0, 0)))):
+            shown = picture or Pillow.new("RGB", size, (shade * 40, 0, 0))
+            for packet in stream.encode(av.VideoFrame.from_image(shown)):
                 container.mux(packet)
         for packet in stream.encode():
             container.mux(packet)
@@ -125,12 +128,21 @@ def test_no_list_is_played_for_a_film(door, tmp_path) -> None:
     secret = tmp_path / "secret.gif"
     secret.write_bytes(animated("GIF"))
     lists = [f"#EXTM3U\n#EXTINF:1,\nfile://{secret}\n#EXT-X-ENDLIST\n", f"ffconcat version 1.0\nfile '{secret}'\n"]
-    lists += [f'<?xml version="1.0"?><MPD><BaseURL>file://{secret}</BaseURL></MPD>', f"v=0\nc=IN IP4 127.0.0.1\n{secret}"]
+    lists += [
+        f'<?xml version="1.0"?><MPD><BaseURL>file://{secret}</BaseURL></MPD>',
+        f"v=0\nc=IN IP4 127.0.0.1\n{secret}",
+    ]
     head, webm = struct.pack(">I", 24) + b"ftypmp42" + bytes(12), b"\x1aE\xdf\xa3"
     for text in lists:
         for before in (b"", head, webm):
             assert ask(door.url, plays(url_of(before + text.encode(), "mp4")))[0] == 400, text
-    for url in (f"file://{secret}", str(secret), "concat:a|b", "subfile,,start,0,end,9,,:/etc/passwd", "http://127.1/a.mp4"):
+    for url in (
+        f"file://{secret}",
+        str(secret),
+        "concat:a|b",
+        "subfile,,start,0,end,9,,:/etc/passwd",
+        "http://127.1/a.mp4",
+    ):
         assert ask(door.url, plays(url))[0] == 400, url
     pytest.importorskip("av")
     raw = movie("mp4", "libx264")
@@ -188,7 +200,7 @@ def test_a_decoder_that_hangs_swells_or_dies_takes_nobody_with_it(serve, monkeyp
             monkeypatch.setattr(films, "COMMAND", ["-c", start.format(fault)])
             with within(300 << 20):
                 began = time.monotonic()
-                assert ask(served.url, one)[0] in (400, 500), kind
+                assert ask(served.url, one)[0] == 400, kind
             assert time.monotonic() - began < 4 and is_well(served.url), kind
         monkeypatch.setattr(films, "WAIT", 0.2)
         for _ in range(films.MAX_AT_ONCE):

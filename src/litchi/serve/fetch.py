@@ -41,7 +41,7 @@ ADDRESS = re.compile(
     r"(?P<target>[/?](?:(?![#\\])[!-~]){0,2048})?",
     re.ASCII | re.IGNORECASE,
 )
-"""Far less than RFC 3986 has: no user, no escapes in a host, no blanks, no fragment, so that no two can read it apart."""
+"""Far less than RFC 3986 has: no user, no escapes in a host, no blanks, no fragment; no two read it apart."""
 
 NEVER = tuple(
     map(
@@ -51,13 +51,13 @@ NEVER = tuple(
         "2001:db8::/32 2002::/16 3fff::/20".split(),
     )
 )
-"""Special, reserved, multicast, metadata services of clouds (169.254 and some elsewhere), and IPv6 that carries IPv4."""
+"""Special, reserved, multicast, clouds' metadata services (169.254 and elsewhere), and IPv6 that carries IPv4."""
 INNER = tuple(
     map(ip_network, "10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 172.16.0.0/12 192.168.0.0/16 ::1/128 fc00::/7".split())
 )
 """What only somebody's own network reaches."""
 PUBLIC = (ip_network("0.0.0.0/0"), ip_network("2000::/3"))
-"""All of IPv4, and what of IPv6 is given out: not ::ffff:0:0/96 (mapped), 64:ff9b::/96 (NAT64), fe80::/10 (link-local)."""
+"""All of IPv4, and what of IPv6 is given out: no ::ffff:0:0/96 (mapped), 64:ff9b::/96 (NAT64), fe80::/10 (local)."""
 
 
 class Unfit(Exception):

@@ -76,14 +76,17 @@ def unrolled(raw: bytes, wanted: Wanted, where: str) -> Film:
         raise Busy(WAIT)
     try:
         told, body = _unroll(raw, wanted)
-    except subprocess.TimeoutExpired:
-        told, body = {"fault": "takes too long to unroll; send a shorter or smaller one"}, b""
+        if "fault" in told:
+            raise BadInput(f"{where} {told['fault']}")
+        frames = np.frombuffer(body, np.uint8).reshape(told["shape"])
+        return Film(frames, told["fps"], f"{where}: {told['note']}" if told["note"] else "")
+    except (subprocess.TimeoutExpired, ValueError, KeyError) as error:
+        if isinstance(error, BadInput):
+            raise
+        # It hangs, or it died in the middle of a word.
+        raise BadInput(f"{where} takes too much to unroll; send a shorter or smaller one") from None
     finally:
         PLACES.release()
-    if "fault" in told:
-        raise BadInput(f"{where} {told['fault']}")
-    frames = np.frombuffer(body, np.uint8).reshape(told["shape"])
-    return Film(frames, told["fps"], f"{where} {told['note']}" if told["note"] else "")
 
 
 def _unroll(raw: bytes, wanted: Wanted) -> tuple[dict[str, Any], bytes]:

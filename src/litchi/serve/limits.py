@@ -1,4 +1,4 @@
-"""What a stranger may send: sizes are checked before anything is decoded, and nothing is fetched but from listed hosts."""
+"""What a stranger may send: sizes are checked before anything is decoded, hosts before anything is fetched."""
 
 from __future__ import annotations
 
@@ -29,6 +29,10 @@ MAX_VALUES = 1 << 20
 """Of one body: objects, lists, and what commas part, those within texts included."""
 MAX_SCANS = 100
 """Passes that a JPEG may take over its pixels; encoders write about ten, a hostile file a hundred thousand."""
+
+
+MAX_SIDE = 65_535
+"""Of a picture, as JPEG has it: libwebp takes 20 s for a canvas of sixteen million pixels in one line."""
 
 
 class TooLarge(BadInput):
@@ -101,9 +105,10 @@ def read_json(body: bytes | str) -> dict[str, Any]:
 
 
 def decode_picture(url: str, limits: Limits, where: str = "image_url") -> Picture:
-    """The picture in a data URL, as the model reads it: RGB, `side` x `side`, or in its own size where `side` is 0.
+    """The picture in a data URL, or at an address, as the model reads it: RGB, `side` x `side`, or in its own size where `side` is 0.
 
-    From a `data:` URL, or fetched where its host is listed. A picture of another size is resized with nearest neighbour, which gives back an enlarged tile world exactly, and the note says so.
+    An address is fetched where its host is listed. A picture of another size is resized with nearest neighbour, which
+    gives back an enlarged tile world exactly, and the note says so.
     """
     return read_url(url, limits, where, partial(_picture, limits=limits, where=where))
 
@@ -155,8 +160,8 @@ def _decode(raw: bytes, limits: Limits, where: str) -> tuple[UInt8[np.ndarray, "
     try:
         with Pillow.open(io.BytesIO(raw), formats=FORMATS) as picture:
             width, height = picture.size
-            if width * height > limits.max_pixels:
-                most = f"at most {limits.max_pixels} are read: send a smaller one"
+            if width * height > limits.max_pixels or max(width, height) > MAX_SIDE:
+                most = f"at most {limits.max_pixels} are read, {MAX_SIDE} in a line: send a smaller one"
                 raise TooLarge(f"{where} has {width}x{height} pixels; {most}")
             upright = ImageOps.exif_transpose(picture)
             size = upright.size

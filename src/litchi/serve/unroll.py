@@ -27,6 +27,8 @@ CPU_SECONDS, BYTES, WRITTEN = 8, 2 << 30, 1 << 28
 MAX_FRAMES = 1024
 MAX_PIXELS = 128 << 20
 """Of all frames of a film together, those that nobody is shown included: each is decoded."""
+MAX_SIDE = 65_535
+"""As `limits.MAX_SIDE`, which stands on floors too heavy for a child."""
 MAX_SECONDS = 3600.0
 USUAL = 0.1
 """Seconds that a frame stands which says 0, as browsers have it."""
@@ -159,7 +161,7 @@ def upright(frame: Any) -> Pillow.Image:
 
 
 def check_size(width: int, height: int, max_pixels: int) -> None:
-    if width * height > max_pixels:
+    if width * height > max_pixels or max(width, height) > MAX_SIDE:
         raise BadInput(f"has {width}x{height} pixels; at most {max_pixels} are read: send a smaller one")
 
 
