@@ -125,8 +125,9 @@ def fetching(serve, host: Host, **more: object) -> Iterator:
 # ---- whom -----------------------------------------------------------------------------------------------------------
 
 
-def test_no_spelling_of_a_host_passes_for_a_listed_one(serve, host, names) -> None:
+def test_no_spelling_of_a_host_passes_for_a_listed_one(serve, host, names, monkeypatch) -> None:
     """The trap answers with a picture, so that whoever is led there is answered 200."""
+    monkeypatch.setattr(fetch, "is_permitted", lambda *_, **__: True)  # the list stands alone, without a second wall
     trap = Host()
     at, good = f"127.0.0.1:{trap.port}", f"{NAME}:{host.port}"
     names |= {f"{NAME}.evil.test": ["127.0.0.1"], "localtest.me": ["127.0.0.1"]}

@@ -133,7 +133,7 @@ class Fetcher:
         rows = found.result(until.left())
         for row in rows:
             # One bad address among good ones is a trap, not a spare.
-            if not is_permitted(row[4][0], inner=host in self.inner):
+            if not is_permitted(str(row[4][0]), inner=host in self.inner):
                 raise Unfit("its name stands for an address that is not public")
         return rows
 
@@ -153,7 +153,7 @@ class Visit:
         self.until = self.until or Until(time.monotonic() + self.fetcher.seconds)
         try:
             return decode(self.fetcher.fetch(host, target, most, self.until))
-        except (OSError, ValueError, http.client.HTTPException, Unfit, BadInput) as error:
+        except (OSError, ValueError, http.client.HTTPException, Unfit) as error:  # BadInput is a ValueError
             log.info("nothing was fetched from %s: %s: %s", host, type(error).__name__, str(error)[:200])
         mend = "send it as data:image/png;base64,..."
         raise BadInput(f"{where}: nothing that can be read was fetched from this address; {mend}")

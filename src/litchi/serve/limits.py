@@ -105,7 +105,7 @@ def read_json(body: bytes | str) -> dict[str, Any]:
 
 
 def decode_picture(url: str, limits: Limits, where: str = "image_url") -> Picture:
-    """The picture in a data URL, or at an address, as the model reads it: RGB, `side` x `side`, or in its own size where `side` is 0.
+    """The picture at a URL, as the model reads it: RGB, `side` x `side`, or in its own size where `side` is 0.
 
     An address is fetched where its host is listed. A picture of another size is resized with nearest neighbour, which
     gives back an enlarged tile world exactly, and the note says so.
