@@ -382,7 +382,8 @@ def test_what_is_packed_is_not_unpacked(serve, host, names) -> None:
     bomb = gzip.compress(bytes(64 << 20), 9)
     kinds = ("gzip", "x-gzip", "deflate", "br", "zstd", "gzip, gzip", "identity, gzip", "GZIP")
     for index, kind in enumerate(kinds):
-        host.paths[f"/{index}"] = says(bomb, "200 OK", f"Content-Encoding: {kind}")
+        body = bomb if index % 2 else picture()  # which only says that it is packed
+        host.paths[f"/{index}"] = says(body, "200 OK", f"Content-Encoding: {kind}")
     host.paths["/whole"] = says(gzip.compress(picture()), "200 OK", "Content-Encoding: gzip")
     with fetching(serve, host) as served:
         for path in list(host.paths)[1:]:

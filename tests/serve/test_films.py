@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image as Pillow
 
+from litchi.client import HttpSampler
 from litchi.config import BadInput
 from litchi.data.ticket import Ticket
 from litchi.data.watch import watch
@@ -54,6 +55,16 @@ def test_frames_come_to_a_model_that_watches_as_they_were_even_where_writers_joi
     [film] = door.sampler.requests[-1].parts
     assert isinstance(film, Video) and film.role is Role.USER and film.fps == 1.0
     assert np.array_equal(film.frames, np.stack(frames))
+
+
+@pytest.mark.parametrize(("fps", "order"), [(1.0, "aabbbc"), (10.0, "aabb"), (24.0, "aaaa"), (30.0, "a")])
+def test_our_client_sends_a_film_without_loss_even_where_nothing_happens(door, fps: float, order: str) -> None:
+    frames = dict(zip("abc", noise(3), strict=True))
+    film = Video(frames=np.stack([frames[name] for name in order]), fps=fps, role=Role.USER)
+    HttpSampler(door.url).complete(Request(parts=(film, Text(text="what?", role=Role.USER))))
+    arrived = door.sampler.requests[-1].parts[0]
+    assert np.array_equal(arrived.frames, film.frames)
+    assert len(order) == 1 or arrived.fps == pytest.approx(fps, rel=0.03)
 
 
 def test_of_a_long_film_frames_are_chosen_evenly_in_time() -> None:
