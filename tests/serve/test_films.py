@@ -136,11 +136,13 @@ def test_the_tiny_model_watches_a_film_through_the_door_and_says_what_happened(s
     body["messages"][0]["content"].append({"type": "text", "text": question.text})
     with served_folder(TINY) as served:
         answer = httpx.post(served.url + CHAT, json=body | {"max_tokens": 96}, timeout=60)
+        again = httpx.post(f"{served.url}/v1/receipts/{answer.json()['id']}/replay", timeout=60).json()
         params = SamplingParams(max_tokens=96)
         expected = served.sampler.complete(
             Request(parts=(film, Text(text=question.text, role=Role.USER)), params=params)
         )
     said = answer.json()["choices"][0]["message"]["content"]
+    assert again["same"] is True, again
     assert said == expected.text and said == ", ".join(sample.meta["answer"])
 
 
