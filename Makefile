@@ -35,5 +35,5 @@ $(READY): pyproject.toml
 	  test -n "$$python" || { echo "error: litchi needs Python 3.11 or newer on the PATH" >&2; exit 2; }; \
 	  $$python -m venv .venv; \
 	}
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[rooms,serve,board,s3,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[rooms,serve,board,films,s3,dev]'
 	@touch $@

@@ -58,7 +58,11 @@ def record(properties: dict[str, Schema], *required: str, more: bool = False) ->
 
 IDS = listed({"type": "integer", "minimum": 0, "maximum": MAX_ID}, 1, 1 << 20)
 UNREAD = {name: ANY for name in HARMLESS} | {"store": FLAG}
-PICTURE_URL = {"type": "string", "description": "A data URL of a PNG, JPEG, GIF or WebP.", "examples": [PIXEL]}
+PICTURE_URL = {
+    "type": "string",
+    "description": "A data URL of a PNG, JPEG, GIF or WebP, or the address of one at a host that is listed here.",
+    "examples": [PIXEL],
+}
 PICTURE = record(
     {
         "type": {"const": "image_url"},
@@ -67,7 +71,16 @@ PICTURE = record(
     "type",
     "image_url",
 )
-PIECE = {"anyOf": [record({"type": {"const": "text"}, "text": TEXT}, "type", "text", more=True), PICTURE]}
+FILM_URL = {"type": "string", "description": "A data URL of a GIF, WebP, APNG, MP4 or WebM.", "examples": [PIXEL]}
+FILM = record(
+    {
+        "type": {"const": "video_url"},
+        "video_url": {"anyOf": [FILM_URL, record({"url": FILM_URL, "detail": ANY}, "url")]},
+    },
+    "type",
+    "video_url",
+)
+PIECE = {"anyOf": [record({"type": {"const": "text"}, "text": TEXT}, "type", "text", more=True), PICTURE, FILM]}
 
 
 def sampling(limits: Limits, least: int = 1) -> dict[str, Schema]:

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from anyio import to_thread
@@ -23,6 +24,7 @@ from litchi.schema.request import Completion, Delta
 from litchi.schema.request import Request as Question
 from litchi.serve import answers
 from litchi.serve.answers import Choice
+from litchi.serve.fetch import Fetcher
 from litchi.serve.limits import TooLarge, read_body, read_json
 from litchi.serve.metrics import Metrics
 from litchi.serve.models import Models
@@ -89,12 +91,15 @@ class Desk:
     def __init__(self, config: ServeConfig, worker: Worker, metrics: Metrics):
         self.config, self.worker, self.metrics = config, worker, metrics
         self.limits, self.receipts = config.limits, Receipts(config.receipts)
+        listed = config.fetch_hosts or config.fetch_inner_hosts
+        self.fetcher = Fetcher(config.fetch_hosts, config.fetch_inner_hosts) if listed else None
         self.models = Models.of(config.model, config.adapters)
 
     async def read(self, request: Request, read: Callable[..., T]) -> T:
         body = await read_body(request.stream(), request.headers.get("content-length"), self.limits)
         # Pictures are decoded in another thread, so that a large one does not stop everybody's streams.
-        return await to_thread.run_sync(lambda: read(read_json(body), self.models, self.limits))
+        limits = replace(self.limits, visit=self.fetcher.visit()) if self.fetcher else self.limits
+        return await to_thread.run_sync(lambda: read(read_json(body), self.models, limits))
 
     async def collect(
         self, request: Request, questions: tuple[Question, ...], receipt: str = "", *, spelled: bool = False

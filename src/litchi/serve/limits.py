@@ -1,4 +1,4 @@
-"""What a stranger may send: sizes are checked before anything is decoded, and nothing is ever fetched."""
+"""What a stranger may send: sizes are checked before anything is decoded, hosts before anything is fetched."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import binascii
 import io
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import UInt8
@@ -17,6 +18,9 @@ from PIL import Image as Pillow
 from PIL import ImageOps
 
 from litchi.config import BadInput
+from litchi.serve.fetch import Visit, is_address
+
+T = TypeVar("T")
 
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP")
 DATA_URL = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?P<params>(?:;[\w=.+-]+)*?)(?P<base64>;base64)?,", re.ASCII)
@@ -25,6 +29,10 @@ MAX_VALUES = 1 << 20
 """Of one body: objects, lists, and what commas part, those within texts included."""
 MAX_SCANS = 100
 """Passes that a JPEG may take over its pixels; encoders write about ten, a hostile file a hundred thousand."""
+
+
+MAX_SIDE = 65_535
+"""Of a picture, as JPEG has it: libwebp takes 20 s for a canvas of sixteen million pixels in one line."""
 
 
 class TooLarge(BadInput):
@@ -44,6 +52,14 @@ class Limits:
     """Characters of all texts of a request together."""
     max_tokens: int
     """Tokens of one answer."""
+    sees: bool = True
+    """Whether the model is shown pictures."""
+    watches: bool = False
+    """Whether the model reads films as such; one that only sees is shown some of their frames."""
+    max_frames: int = 32
+    """Frames of one film."""
+    visit: Visit | None = None
+    """What fetches the pictures of this request; None where no address is followed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +105,22 @@ def read_json(body: bytes | str) -> dict[str, Any]:
 
 
 def decode_picture(url: str, limits: Limits, where: str = "image_url") -> Picture:
-    """The picture in a data URL, as the model reads it: RGB, `side` x `side`, or in its own size where `side` is 0.
+    """The picture at a URL, as the model reads it: RGB, `side` x `side`, or in its own size where `side` is 0.
 
-    Only `data:` URLs: a server that fetches addresses for strangers reaches what they cannot. A picture of another size
-    is resized with nearest neighbour, which gives back an enlarged tile world exactly, and the note says so.
+    An address is fetched where its host is listed. A picture of another size is resized with nearest neighbour, which
+    gives back an enlarged tile world exactly, and the note says so.
     """
-    raw = _bytes_of(url, limits, where)
+    return read_url(url, limits, where, partial(_picture, limits=limits, where=where))
+
+
+def read_url(url: str, limits: Limits, where: str, decode: Callable[[bytes], T]) -> T:
+    """What `decode` makes of the bytes that a URL holds or names. Raises BadInput, Busy."""
+    if limits.visit is not None and is_address(url):
+        return limits.visit.read(url, limits.max_image_bytes, where, decode)
+    return decode(_bytes_of(url, limits, where))
+
+
+def _picture(raw: bytes, limits: Limits, where: str) -> Picture:
     pixels, size = _decode(raw, limits, where)
     if not limits.side or size == (limits.side, limits.side):
         return Picture(pixels)
@@ -134,8 +160,8 @@ def _decode(raw: bytes, limits: Limits, where: str) -> tuple[UInt8[np.ndarray, "
     try:
         with Pillow.open(io.BytesIO(raw), formats=FORMATS) as picture:
             width, height = picture.size
-            if width * height > limits.max_pixels:
-                most = f"at most {limits.max_pixels} are read: send a smaller one"
+            if width * height > limits.max_pixels or max(width, height) > MAX_SIDE:
+                most = f"at most {limits.max_pixels} are read, {MAX_SIDE} in a line: send a smaller one"
                 raise TooLarge(f"{where} has {width}x{height} pixels; {most}")
             upright = ImageOps.exif_transpose(picture)
             size = upright.size

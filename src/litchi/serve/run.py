@@ -38,7 +38,7 @@ class ServeConfig:
     """0 takes a free one."""
     model: str = "tiny"
     """The name that requests call the model by."""
-    abilities: tuple[str, ...] = ("see", "draw", "dream")
+    abilities: tuple[str, ...] = ("see", "draw", "dream", "watch")
     """What the model does besides talking, as /v1/models tells; the page shows no more than that."""
     api_key: str = ""
     """If set, every path asks for it but the page and /health."""
@@ -73,6 +73,13 @@ class ServeConfig:
     max_image_bytes: int = 8 << 20
     max_pixels: int = 16 << 20
     max_images: int = 8
+    max_frames: int = 32
+    """Frames of one film; of a longer one so many are chosen, evenly in time."""
+    fetch_hosts: tuple[str, ...] = ()
+    """Hosts that pictures by address are fetched from, HOST or HOST:PORT, by https unless it says http://; only at
+    public addresses. Empty: none is fetched."""
+    fetch_inner_hosts: tuple[str, ...] = ()
+    """The same for hosts of your own network, which may be at private addresses and loopback."""
     max_text: int = 4_000
     """Characters of one conversation: attention is quadratic in them."""
     max_tokens: int = 1024
@@ -90,6 +97,9 @@ class ServeConfig:
             max_images=self.max_images,
             max_text=self.max_text,
             max_tokens=self.max_tokens,
+            sees="see" in self.abilities,
+            watches="watch" in self.abilities,
+            max_frames=self.max_frames,
         )
 
     @property

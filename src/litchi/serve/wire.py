@@ -13,6 +13,7 @@ from litchi.schema.request import DRAWING, Request
 from litchi.schema.sample import Action, Image, Part, Role, Text
 from litchi.serve.calls import Style, Toolbox, as_said, read_calls, read_tools
 from litchi.serve.fields import Fields, show
+from litchi.serve.films import film_parts, share_of
 from litchi.serve.grammars import GUIDED, read_grammar
 from litchi.serve.limits import Limits, decode_picture
 from litchi.serve.models import Models
@@ -148,6 +149,7 @@ def read_messages(
     shown = [each.get("content") for each in messages if isinstance(each.get("content"), list)]
     if num_pictures(piece for content in shown for piece in content) > limits.max_images:
         raise BadInput(f"at most {limits.max_images} pictures fit into one conversation; drop the oldest messages")
+    most = share_of((piece for content in shown for piece in content), limits)
     for message in messages:
         message.known((*MESSAGE, *ECHOED))
         role = ROLES[message.choice("role", None, tuple(ROLES))]
@@ -163,8 +165,8 @@ def read_messages(
             parts.append(Text(text=content, role=role))
         else:
             for each in message.objects("content"):
-                part, note = _read_content(each, role, limits)
-                parts.append(part)
+                found, note = _read_content(each, role, limits, most)
+                parts += found
                 notes += [note] if note else []
             if calls:
                 parts.append(Text(text=as_said("", calls, style), role=role))
@@ -188,17 +190,19 @@ def _result(message: Fields) -> str:
     return "".join(piece.text("text") for piece in pieces)
 
 
-def _read_content(fields: Fields, role: Role, limits: Limits) -> tuple[Part, str]:
-    match fields.choice("type", None, ("text", "image_url")):
-        case "text":
-            return Text(text=fields.text("text"), role=role), ""
-        case _:
-            fields.known(("type", "image_url"))
-            link = fields.get("image_url")
-            inner = Fields({"url": link} if isinstance(link, str) else link, f"{fields.where}image_url.")
-            inner.known(("url", "detail"))
-            picture = decode_picture(inner.text("url"), limits, f"{inner.where}url")
-            return Image(pixels=picture.pixels, role=role), picture.note
+def _read_content(fields: Fields, role: Role, limits: Limits, most: int = 0) -> tuple[list[Part], str]:
+    """What a piece shows, a film in at most `most` frames, and what was done to it."""
+    kind = fields.choice("type", None, ("text", "image_url", "video_url"))
+    if kind == "text":
+        return [Text(text=fields.text("text"), role=role)], ""
+    fields.known(("type", kind))
+    link = fields.get(kind)
+    inner = Fields({"url": link} if isinstance(link, str) else link, f"{fields.where}{kind}.")
+    inner.known(("url", "detail"))
+    if kind == "video_url":
+        return film_parts(inner.text("url"), role, limits, most, f"{inner.where}url")
+    picture = decode_picture(inner.text("url"), limits, f"{inner.where}url")
+    return [Image(pixels=picture.pixels, role=role)], picture.note
 
 
 def _read_part(fields: Fields, limits: Limits) -> Part:
@@ -211,7 +215,8 @@ def _read_part(fields: Fields, limits: Limits) -> Part:
             role = fields.choice("role", "user", tuple(r.value for r in Role))
             return Text(text=fields.text("text"), role=Role(role))
         case _:
-            return _read_content(fields, Role.NONE, limits)[0]
+            [part], _ = _read_content(fields, Role.NONE, limits)
+            return part
 
 
 def _read_values(fields: Fields) -> np.ndarray:
