@@ -78,6 +78,7 @@ def main() -> int:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     settings = {"workers": 2, "port": port, "api_key": "soak", "max_queue": 40, "engine.max_running": 8}
+    settings["engine.cache_tokens"] = 4096  # soon full, so that memory which still grows is lost
     words = [word for name, value in settings.items() for word in ("--set", f"serve.{name}={value}")]
     command = [
         sys.executable,
