@@ -66,9 +66,11 @@ def test_answers_under_way_end_on_the_old_weights_and_later_ones_begin_on_the_ne
         gate.pause = 0.02
         asked = [pool.submit(say, served.url) for _ in range(4)]
         until(lambda: served.sampler.load().running == 4)
+        gate.open.clear()
         changed = swap(served.url, folders[1])
         assert changed.status_code == 200, changed.text
         assert served.sampler.load().running, "the answers were over before the swap"
+        gate.open.set()
         fresh = [pool.submit(say, served.url) for _ in range(3)]
         new = {each.result() for each in fresh}
         assert {each.result() for each in asked} == {old} and len(new) == 1 and new != {old}
