@@ -316,23 +316,31 @@ struct Rows {
       // 8 bits are too few for groups with large values, and cost SmolLM2 the capital of France.
       keep_quantised(row * (width / BLOCK) + block, reinterpret_cast<int16_t*>(to) + block * BLOCK, lo, hi, 32767.f);
     } else {
-      int16_t wide[BLOCK];
-      int8_t* narrow = reinterpret_cast<int8_t*>(to) + block * BLOCK;
-      keep_quantised(row * (width / BLOCK) + block, wide, lo, hi, 127.f);
-      for (int i = 0; i < BLOCK; ++i) narrow[swapped(i)] = (int8_t)wide[i];
+      keep_quantised(row * (width / BLOCK) + block, reinterpret_cast<int8_t*>(to) + block * BLOCK, lo, hi, 127.f);
     }
   }
 
-  void keep_quantised(long group, int16_t* to, v16 lo, v16 hi, float top) const {
-    typedef int16_t s16 __attribute__((vector_size(32), aligned(2), may_alias));
+  template <class T>
+  void keep_quantised(long group, T* to, v16 lo, v16 hi, float top) const {
     v16 size_lo = (v16)((u16x)lo & 0x7fffffffu), size_hi = (v16)((u16x)hi & 0x7fffffffu);
     float most = max16(size_lo > size_hi ? size_lo : size_hi);
     float step = most / top, inverse = most > 0.f ? top / most : 0.f;
     lo = nearest(lo * inverse), hi = nearest(hi * inverse);
-    i16x a = __builtin_convertvector(lo, i16x), b = __builtin_convertvector(hi, i16x);
-    *reinterpret_cast<s16*>(to) = __builtin_convertvector(a, s16);
-    *reinterpret_cast<s16*>(to + 16) = __builtin_convertvector(b, s16);
+    put(to, lo), put(to + 16, hi);
     scale[group] = step, sum[group] = step * sum16(lo + hi);
+  }
+
+  static void put(int16_t* to, v16 x) {
+    typedef int16_t s16 __attribute__((vector_size(32), aligned(2), may_alias));
+    *reinterpret_cast<s16*>(to) = __builtin_convertvector(__builtin_convertvector(x, i16x), s16);
+  }
+
+  static void put(int8_t* to, v16 x) {  // 0 2 1 3 of each four, as weights lie
+    typedef int8_t b16 __attribute__((vector_size(16), aligned(1), may_alias));
+    typedef uint32_t w4 __attribute__((vector_size(16), aligned(1), may_alias));
+    *reinterpret_cast<b16*>(to) = __builtin_convertvector(__builtin_convertvector(x, i16x), b16);
+    w4 quads = *reinterpret_cast<w4*>(to);
+    *reinterpret_cast<w4*>(to) = (quads & 0xff0000ffu) | (quads & 0xff00u) << 8 | (quads & 0xff0000u) >> 8;
   }
 };
 
