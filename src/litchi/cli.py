@@ -25,6 +25,7 @@ from litchi.schema.request import Request
 from litchi.schema.sample import Image, Part, Role, Text
 
 if TYPE_CHECKING:
+    from litchi.envs.minigrid import Room
     from litchi.eval.board import Board
     from litchi.model.generate import Generator
     from litchi.model.network import ModelConfig
@@ -151,7 +152,6 @@ def verify(args: argparse.Namespace) -> int:
 
 def serve(args: argparse.Namespace) -> int:
     """Open the door and the page for a checkpoint, by folder or by the name of one that is shipped."""
-    from litchi.envs.minigrid import Room
     from litchi.serve.loading import load_answerer
     from litchi.serve.run import run as serve_run
 
@@ -160,8 +160,15 @@ def serve(args: argparse.Namespace) -> int:
     answerer = load_answerer(checkpoint, config)
     if not answerer.processor.draws:
         config = replace(config, abilities=("see",) if answerer.processor.sees else (), side=0)
-    serve_run(config, answerer, lambda env, seed: Room(env))
+    serve_run(config, answerer, make_room)
     return 0
+
+
+def make_room(env: str, seed: int) -> Room:
+    """A simulator, which is imported with the first room that somebody wants."""
+    from litchi.envs.minigrid import Room
+
+    return Room(env)
 
 
 def chat(args: argparse.Namespace) -> int:
@@ -378,8 +385,7 @@ def serve_config(checkpoint: Path, settings: Sequence[str]) -> ServeConfig:
     """The door of the Run that wrote a checkpoint, or a plain one for a model that others trained."""
     if (checkpoint / "run.json").is_file():
         return run_of(checkpoint, settings).serve
-    from litchi.run import Door
-    from litchi.serve.run import ServeConfig
+    from litchi.serve.run import Door, ServeConfig
 
     door = Door(ServeConfig(model=checkpoint.name))
     for setting in settings:
@@ -399,11 +405,10 @@ def last_checkpoint(place: Place) -> Path:
 @contextmanager
 def listening(run: Run, checkpoint: Path) -> Iterator[str]:
     """The address of a server on a checkpoint, while the block runs."""
-    from litchi.envs.minigrid import Room
     from litchi.serve.loading import load_engine
     from litchi.serve.run import background
 
-    with background(run.serve, load_engine(checkpoint, run.serve), lambda env, seed: Room(env)) as address:
+    with background(run.serve, load_engine(checkpoint, run.serve), make_room) as address:
         yield address
 
 

@@ -28,10 +28,3 @@ class Run:
     eval: EvalConfig = field(default_factory=EvalConfig)
     act: ActConfig = field(default_factory=ActConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
-
-
-@dataclass(frozen=True, slots=True)
-class Door:
-    """What can be set of a model that no Run of ours has made."""
-
-    serve: ServeConfig

@@ -107,6 +107,13 @@ class ServeConfig:
         return self.allowed_hosts or (LOOPBACK if self.host in LOOPBACK else ())
 
 
+@dataclass(frozen=True, slots=True)
+class Door:
+    """What can be set of a model that no Run of ours has made."""
+
+    serve: ServeConfig
+
+
 def run(config: ServeConfig, sampler: Sampler | Fleet, make_room: MakeRoom) -> None:
     """Serve until interrupted. Raises BadInput if the address cannot be had."""
     uvicorn = need("serve", "uvicorn")
