@@ -47,7 +47,7 @@ def engine(served_by) -> Callable:
     @contextmanager
     def one(**settings: object) -> Iterator[tuple[Engine, Gate, httpx.Client]]:
         p, net = network("mask")
-        made = Engine(net, p, EngineConfig(path="torch", page=8, cache_tokens=2048, **settings))
+        made = Engine(net, p, EngineConfig(path="torch", page=8, cache_tokens=2048, guess="none", **settings))
         gate = Gate(made)
         with served_by(made, side=8) as served, httpx.Client(base_url=served.url, timeout=20) as client:
             try:
@@ -179,7 +179,7 @@ def test_an_engine_that_is_closed_tells_every_client_the_end(engine) -> None:
 
 def test_a_server_that_stops_ends_every_answer(served_by) -> None:
     p, net = network("mask")
-    made = Engine(net, p, EngineConfig(path="torch", page=8, cache_tokens=2048, max_running=2))
+    made = Engine(net, p, EngineConfig(path="torch", page=8, cache_tokens=2048, guess="none", max_running=2))
     gate = Gate(made)
     with ThreadPoolExecutor(4) as pool:
         with served_by(made, side=8, drain=1.0) as served:
@@ -196,7 +196,7 @@ def test_a_server_that_stops_ends_every_answer(served_by) -> None:
 
 def test_a_server_that_is_told_to_stop_ends_what_it_has_begun_and_begins_nothing(served_by) -> None:
     p, net = network("mask")
-    made = Engine(net, p, EngineConfig(path="torch", page=8, cache_tokens=2048, max_running=2))
+    made = Engine(net, p, EngineConfig(path="torch", page=8, cache_tokens=2048, guess="none", max_running=2))
     gate = Gate(made)
     with ThreadPoolExecutor(4) as pool:
         with served_by(made, side=8, drain=20.0) as served:

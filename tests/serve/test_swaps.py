@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -79,7 +78,6 @@ def test_answers_under_way_end_on_the_old_weights_and_later_ones_begin_on_the_ne
         assert state["checkpoint"] == folders[1] and state["digest"] == changed.json()["digest"]
         back = swap(served.url, folders[0])
         assert back.json()["digest"] != changed.json()["digest"] and say(served.url) == old
-    assert threading.active_count() < 40
 
 
 def test_a_receipt_names_the_weights_that_answered_and_is_not_replayed_by_others(door, folders) -> None:
