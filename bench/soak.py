@@ -169,12 +169,8 @@ async def one(client: httpx.AsyncClient, rng: random.Random, known: list[Questio
 async def whole(client: httpx.AsyncClient, rng: random.Random, known: list[Question], tally: Tally) -> str:
     question, began = rng.choice(known), time.monotonic()
     answer = await client.post(question.path, json=question.body)
-    if answer.status_code == 429:
-        await asyncio.sleep(float(answer.headers["Retry-After"]) * rng.random())
-        return "refused for now, 429"
-    if answer.status_code != 200:
-        tally.lost.append(f"whole: {answer.status_code} {answer.text[:200]}")
-        return "failed"
+    if end := await refused(answer, rng, tally):
+        return end
     tally.waits.append(time.monotonic() - began)
     [choice] = answer.json()["choices"]
     check(question, choice["message"]["content"], choice["logprobs"]["content"], tally)
@@ -185,12 +181,8 @@ async def stream(client: httpx.AsyncClient, rng: random.Random, known: list[Ques
     question = rng.choice(known)
     text, scored, last, gap, done = "", [], 0.0, 0.0, False
     async with client.stream("POST", question.path, json=question.body | {"stream": True}) as answer:
-        if answer.status_code == 429:
-            await asyncio.sleep(float(answer.headers["Retry-After"]) * rng.random())
-            return "refused for now, 429"
-        if answer.status_code != 200:
-            tally.lost.append(f"stream: {answer.status_code} {(await answer.aread())[:200]!r}")
-            return "failed"
+        if end := await refused(answer, rng, tally):
+            return end
         async for line in answer.aiter_lines():
             if not line.startswith("data: "):
                 continue
@@ -212,6 +204,17 @@ async def stream(client: httpx.AsyncClient, rng: random.Random, known: list[Ques
     tally.gaps.append(gap)
     check(question, text, scored, tally)
     return "answered in a stream"
+
+
+async def refused(answer: httpx.Response, rng: random.Random, tally: Tally) -> str:
+    """How a request ended that was not answered; "" for one that is."""
+    if answer.status_code == 429:
+        await asyncio.sleep(float(answer.headers["Retry-After"]) * rng.random())
+        return "refused for now, 429"
+    if answer.status_code != 200:
+        tally.lost.append(f"{answer.status_code} {(await answer.aread())[:200]!r}")
+        return "failed"
+    return ""
 
 
 def check(question: Question, text: str, scored: list[dict[str, Any]], tally: Tally) -> None:
@@ -246,11 +249,8 @@ async def hang_up(client: httpx.AsyncClient, rng: random.Random, known: list[Que
 
 async def embed(client: httpx.AsyncClient, rng: random.Random, known: list[Question], tally: Tally) -> str:
     answer = await client.post("/v1/embeddings", json={"model": "smollm2", "input": " ".join(rng.sample(WORDS, 12))})
-    if answer.status_code == 429:
-        return "refused for now, 429"
-    if answer.status_code != 200:
-        tally.lost.append(f"embed: {answer.status_code} {answer.text[:200]}")
-        return "failed"
+    if end := await refused(answer, rng, tally):
+        return end
     norm = sum(x * x for x in answer.json()["data"][0]["embedding"])
     if abs(norm - 1) > 1e-4:
         tally.wrong.append(f"an embedding of length {norm}")

@@ -19,7 +19,7 @@ from litchi.schema.request import Request, SamplingParams
 from litchi.schema.sample import Action, Image, Role, Text
 from litchi.serve.engine import Engine
 from litchi.serve.fleet import Fleet
-from litchi.serve.loading import load_engine
+from litchi.serve.loading import load_answerer, load_engine
 from litchi.serve.run import ServeConfig
 from litchi.serve.scheduler import EngineConfig
 from tests.serve.test_fleet import Heard, until
@@ -98,6 +98,9 @@ def test_a_rank_that_is_killed_ends_its_worker_and_another_pair_goes_on(pair: Fl
 def test_what_does_not_divide_is_refused(tmp_path) -> None:
     with pytest.raises(BadInput, match="over 3 ranks"):
         Fleet(find_checkpoint("tiny"), replace(CONFIG, tensor=3)).start()
+    for wrong in ({"tensor": 0}, {"workers": -1}):
+        with pytest.raises(BadInput, match="1 or more"):
+            load_answerer(find_checkpoint("tiny"), replace(CONFIG, **wrong))
     with pytest.raises(BadInput, match="path in PyTorch"):
         load_engine(find_checkpoint("tiny"), replace(CONFIG, engine=EngineConfig(weights="int8")))
     with pytest.raises(BadInput, match="no adapters"):

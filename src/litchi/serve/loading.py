@@ -8,6 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from litchi.config import BadInput
 from litchi.model.weights import load
 from litchi.serve.draft import SAME
 from litchi.serve.engine import Engine
@@ -35,7 +36,11 @@ def load_engine(folder: Path, config: ServeConfig) -> Engine:
 
 
 def load_answerer(folder: Path, config: ServeConfig) -> Engine | Fleet:
-    """An engine, or with `serve.workers` as many processes that have one each, started and ready."""
+    """An engine, or with `serve.workers` as many processes that have one each, started and ready. Raises BadInput."""
+    if config.workers < 0 or config.tensor < 1:
+        raise BadInput(
+            f"serve.workers={config.workers} and serve.tensor={config.tensor}: give 0 or more, and 1 or more"
+        )
     if not config.workers and config.tensor == 1:
         return load_engine(folder, config)
     return Fleet(folder, replace(config, workers=max(config.workers, 1))).start()

@@ -1,9 +1,12 @@
 """Serving: one model behind one door, and a page to talk, draw and play with it.
 
 A request comes through `http` (the OpenAI endpoints, the world sessions, the page), is checked by `guard`, `limits` and
-`wire`, passes `worker`, which bounds how many are inside, is answered by the `engine` beside all others (its
-`scheduler` chooses who reads, its `runner` computes), and leaves as `answers` writes it. Any other `Sampler` answers
-one at a time behind `solo`. Which model and which simulator stand behind the door is the caller's choice.
+`wire`, passes `worker`, which bounds how many are inside, is answered by the `engine` beside others (its
+`scheduler` chooses who reads, `guess` what is read ahead, its `runner` computes), and leaves as `answers` writes it.
+With workers the engines are processes (`member`), each at the end of a `pipe`, under the supervisor in `fleet`; several
+ranks of one worker share the network (`ranks`, `tensor`). Any other `Sampler` answers one at a time behind `solo`.
+`fetch` and `films` bring pictures in, `swaps` other weights. Which model and which simulator stand behind the door is
+the caller's choice.
 """
 
 from __future__ import annotations
