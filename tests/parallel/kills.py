@@ -42,6 +42,9 @@ def main(folder: Path, stride: int, url: str = "") -> None:
     counts = [count(folder, rank) for rank in (0, 1)]
     print(f"touches of a file by each rank: {counts}")
     assert counts[0] > 30 and counts[1] > 4, "both ranks write"
+    for _ in range(40):  # the other rank is still connecting in a few of them
+        codes = attempt(folder, 0, 1, False)
+        assert codes == [SILENT, STOPPED], codes
     for both in (False, True):
         for victim in (0, 1):
             for fatal in range(1, counts[victim] + 1, stride):

@@ -102,7 +102,6 @@ class Saver:
         self.world, self.folder, self.keep, self.on_failed = world, folder, keep, on_failed
         self.bucket = Bucket(bucket) if bucket else None
         self.shard_bytes, self.report = shard_bytes, report
-        self.peers, self.votes = Peers(world), Peers(world)
         self.host = Host()
         self.claims: list[Claim] | None = None
         self.plan: Plan | None = None
@@ -110,6 +109,7 @@ class Saver:
         self.failure, self.seconds = "", 0.0
         """Of the last save: why it came to nothing, and how long it took in all."""
         with self.or_bad_input():
+            self.peers, self.votes = Peers(world), Peers(world)
             self.peers.together(lambda: clean(folder, keep) if world.rank == 0 else None)
 
     def __enter__(self) -> Saver:

@@ -38,14 +38,17 @@ class Failed(Exception):
 class Peers:
     """Every rank makes one at the same time; what it offers is called by all ranks in the same order.
 
-    `seconds` is how long a rank may let the others wait before they give it up.
+    `seconds` is how long a rank may let the others wait before they give it up. Raises Failed if one ends meanwhile.
     """
 
     def __init__(self, world: World, seconds: float = 1800.0) -> None:
         self.rank, self.size = world.rank, world.size
         self.group: ProcessGroup | None = None
         if world.size > 1:
-            group = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
+            try:
+                group = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
+            except RuntimeError as error:  # a rank that connected and ended before this one was done
+                raise silent(error) from error
             assert isinstance(group, ProcessGroup)
             self.group = group
 
