@@ -35,6 +35,9 @@ KEYS = 64
 """And keys: of what a query sees, up to the last; others that it does not see fill it up."""
 VALUES = 32
 """Values of an activation come in multiples of this: two registers of AVX512."""
+TILE = 128
+"""On a GPU a product has just so many rows, since its library chooses a kernel by their number. Up to as many cost no
+more than one where weights are read from memory for as long as that."""
 
 
 def apply(model: Model) -> Model:
@@ -83,11 +86,21 @@ def one_by_one(rows: Callable[[Tensor, Tensor], Tensor], value_NC: Tensor, place
 def product(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` on a number of rows that makes each independent of the others."""
     rows = input.reshape(-1, input.shape[-1])
+    if rows.is_cuda:
+        return tiled(rows, weight, bias).view(*input.shape[:-1], -1)
     missing = -len(rows) % ROWS
     if missing == 0:
         return F.linear(input, weight, bias)
     whole = F.linear(F.pad(rows, (0, 0, 0, missing)), weight, bias)
     return whole[: len(rows)].view(*input.shape[:-1], -1)
+
+
+def tiled(rows_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """`F.linear` of `TILE` rows at a time. oracle: F.linear"""
+    count = len(rows_NI)
+    tiles = F.pad(rows_NI, (0, 0, 0, -count % TILE)).split(TILE)
+    found = [F.linear(tile, weight_OI, bias_O) for tile in tiles]
+    return (found[0] if len(found) == 1 else torch.cat(found))[:count]
 
 
 def attention(batch: Batch, cache: KVCache | None) -> Attend:

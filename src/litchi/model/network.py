@@ -412,7 +412,10 @@ class Model(nn.Module):
         return self.norm(x_TD)
 
     def route(self, batch: Batch) -> list[Tensor]:
-        """Which tokens each expert works on: text and understanding first, what is generated in spans second."""
+        """Which tokens each expert works on: text and understanding first, what is generated in spans second; none are
+        named where there is one expert."""
+        if self.config.experts == 1:
+            return []
         spans_T = torch.zeros_like(batch.tokens, dtype=torch.bool)
         for modality, v in batch.vectors.items():
             if modality != Modality.VISION:

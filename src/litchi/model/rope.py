@@ -37,12 +37,14 @@ class Llama3:
 Scaling = Linear | Llama3
 
 
-def pair_axes(num_pairs: int, sections: tuple[int, int] | None = None) -> Int[Tensor, "num_pairs"]:
+def pair_axes(
+    num_pairs: int, sections: tuple[int, int] | None = None, device: torch.device | None = None
+) -> Int[Tensor, "num_pairs"]:
     """Which axis (0 t, 1 h, 2 w) each of the `num_pairs` rotary pairs turns with.
 
     `sections` are the pairs of h and of w, a third each if not given; t has the rest.
     """
-    axes = torch.zeros(num_pairs, dtype=torch.long)
+    axes = torch.zeros(num_pairs, dtype=torch.long, device=device)
     for axis, count in enumerate(sections or (num_pairs // 3,) * 2, start=1):
         axes[axis : 3 * count : 3] = axis
     return axes
@@ -70,7 +72,7 @@ def rotations(
     num_pairs = head_width // 2
     frequency = theta ** (-torch.arange(num_pairs, device=positions.device, dtype=torch.float32) / num_pairs)
     frequency = scaled(frequency, scaling)
-    along = positions[:, pair_axes(num_pairs, sections).to(positions.device)].float()
+    along = positions[:, pair_axes(num_pairs, sections, positions.device)].float()
     angle = (along * frequency)[:, None, :]
     return angle.cos(), angle.sin()
 

@@ -183,8 +183,15 @@ def flush(path: Path) -> None:
 # ---- reading ------------------------------------------------------------------------------------------------------
 
 
-def load(folder: Path, *, check: bool = True) -> Checkpoint:
-    """Read a checkpoint in fp32. Raises BadInput, naming the file and the mend, if anything is missing or changed."""
+Place = Callable[[Model], Callable[[str, Tensor], Tensor]]
+"""For a network without weights: where each parameter goes, by its name, and in which type."""
+
+
+def load(folder: Path, *, check: bool = True, place: Place | None = None) -> Checkpoint:
+    """Read a checkpoint in fp32. Raises BadInput, naming the file and the mend, if anything is missing or changed.
+
+    With `place` parameters lie where that has them; golden logits, which are of fp32 on a CPU, are then not compared.
+    """
     meta = read_meta(folder)
     if not (folder / "model").is_dir():
         raise BadInput(f"{folder} holds no network, but {meta.get('family', 'something else')}: name a checkpoint")
@@ -192,18 +199,24 @@ def load(folder: Path, *, check: bool = True) -> Checkpoint:
         checked = beside.submit(check_files, folder, meta if check else {"files": {}})
         processor = beside.submit(load_processor, folder / "processor")
         try:
-            model = load_model(folder)
+            model = load_model(folder, place)
         finally:
             checked.result()  # what is known of a changed file goes before what it made of the load
-    if check and meta["golden"] and (gap := golden_gap(golden(model), meta["golden"])) > GOLDEN_TOLERANCE:
+    if (
+        check
+        and place is None
+        and meta["golden"]
+        and (gap := golden_gap(golden(model), meta["golden"])) > GOLDEN_TOLERANCE
+    ):
         raise BadInput(f"{folder}: golden logits differ by {gap:.2g}: the weights are not those that were saved")
     return Checkpoint(model, processor.result(), meta, folder)
 
 
-def load_model(folder: Path) -> Model:
-    """The network alone, in fp32, one tensor after another."""
+def load_model(folder: Path, place: Place | None = None) -> Model:
+    """The network alone, in fp32 or as `place` has it, one tensor after another."""
     with torch.device("meta"), Unset():
         model = Model(load_config(folder))
+    put = place(model) if place is not None else lambda _, value: value
     named = dict(model.named_parameters())
     with open_tensors(folder / "model") as tensors, torch.no_grad():
         names = {from_hugging_face(name): name for name in tensors.entries}
@@ -214,7 +227,7 @@ def load_model(folder: Path) -> Model:
         for name, parameter in named.items():
             if (found := tensors.entries[names[name]].shape) != tuple(parameter.shape):
                 raise BadInput(f"{folder}: weights and config.json do not fit: {name} is {found}: copy it again")
-            weights[name] = tensors.read(names[name], torch.float32)
+            weights[name] = put(name, tensors.read(names[name], torch.float32))
     model.load_state_dict(weights, assign=True)
     return model.eval()
 

@@ -25,6 +25,7 @@ from litchi.model.weights import Checkpoint
 from litchi.schema.processor import Processor
 from litchi.schema.request import Delta, Request
 from litchi.serve.asking import Asking
+from litchi.serve.device import DeviceReader
 from litchi.serve.draft import guesser_of
 from litchi.serve.guess import Ahead, Foreseen
 from litchi.serve.pages import Pages
@@ -39,8 +40,12 @@ log = logging.getLogger("litchi.serve")
 
 
 def runner_of(model: Model, c: EngineConfig, adapters: Adapters | None = None, *, take: bool = False) -> Runner:
-    """Raises BadInput for a path that does not know the network or the weights."""
+    """Computes where the network is. Raises BadInput for a path that does not know it or the weights."""
     dtype = torch.float32 if c.weights == "float32" else torch.bfloat16
+    if model.embed_tokens.weight.device.type != "cpu":
+        adapters = adapters or Adapters(model)
+        reader = DeviceReader(model, dtype, adapters, exact=c.exact)
+        return TorchRunner(model, dtype, steady=c.exact, adapters=adapters, reader=reader)
     why = unsupported(model.config)
     if c.path == "native" or (c.path == "auto" and not why and c.exact and c.page % BLOCK == 0):
         return NativeRunner(model, torch.int8 if c.kv == "int8" else dtype, c.weights, adapters=adapters, take=take)

@@ -354,13 +354,13 @@ def launched(place: int, folder: Path, config: ServeConfig) -> Member:
         [sys.executable, "-m", "litchi.serve.member", str(theirs.fileno())],
         pass_fds=[theirs.fileno()],
         stdin=subprocess.DEVNULL,
-        env=os.environ | {"OMP_NUM_THREADS": str(threads)} | devices(place),
+        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
         start_new_session=True,  # an interrupt at the keyboard is the door's to hear
     )
     theirs.close()
     member = Member(place, process, Pipe(ours))
     told = plain(replace(config, api_key=""), type(config))
-    member.pipe.send({"folder": str(folder), "serve": told, "threads": threads})
+    member.pipe.send({"folder": str(folder), "serve": told, "threads": threads, "place": place})
     return member
 
 
@@ -371,13 +371,6 @@ def beginning(request: Request) -> bytes:
         digest.update(part.text[:512].encode() if isinstance(part, Text) else repr(part)[:512].encode())
     digest.update(repr(request.tokens[:128]).encode())
     return digest.digest()
-
-
-def devices(place: int) -> dict[str, str]:
-    """Which of the accelerators that this process may use the worker in a place sees."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    seen = [name for name in given.split(",") if name]
-    return {"CUDA_VISIBLE_DEVICES": seen[place % len(seen)]} if seen else {}
 
 
 def error_of(told: list[str]) -> Exception:

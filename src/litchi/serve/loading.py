@@ -14,6 +14,7 @@ from litchi.serve.draft import SAME
 from litchi.serve.engine import Engine
 from litchi.serve.fleet import Fleet
 from litchi.serve.models import load_adapters
+from litchi.serve.placing import placing
 from litchi.serve.ranks import dtype_of, muster
 from litchi.serve.tensor import TensorRunner
 
@@ -21,14 +22,17 @@ if TYPE_CHECKING:
     from litchi.serve.run import ServeConfig
 
 
-def load_engine(folder: Path, config: ServeConfig) -> Engine:
+def load_engine(folder: Path, config: ServeConfig, place: int = 0) -> Engine:
     """An engine in this process, which is started with the server. Raises BadInput for a folder that is not whole.
 
-    With `serve.tensor` other processes are started that share the network; they end with this one.
+    With `serve.tensor` other processes are started that share the network; they end with this one. Engines in other
+    places take other GPUs, where there are more.
     """
-    world = muster(folder, config) if config.tensor > 1 else None  # so that they load beside each other
-    c, loaded = config.engine, load(folder)
-    draft = load(Path(c.draft)) if c.guess == "draft" and c.draft not in SAME else None
+    c, number = config.engine, place * config.tensor
+    where = placing(c, number)
+    world = muster(folder, config, number) if config.tensor > 1 else None  # so that they load beside each other
+    loaded = load(folder, place=where)
+    draft = load(Path(c.draft), place=where) if c.guess == "draft" and c.draft not in SAME else None
     weights = sha256(json.dumps(loaded.meta["files"], sort_keys=True).encode()).hexdigest()
     adapters = load_adapters(loaded.model, config.model, config.adapters)
     runner = None if world is None else TensorRunner(loaded.model, dtype_of(config), world)

@@ -52,7 +52,8 @@ def main() -> None:
 def begin(task: dict[str, Any]) -> Engine:
     if task["threads"]:
         torch.set_num_threads(task["threads"])
-    return load_engine(Path(task["folder"]), parse(ServeConfig, task["serve"], "serve")).start()
+    config = parse(ServeConfig, task["serve"], "serve")
+    return load_engine(Path(task["folder"]), config, task["place"]).start()
 
 
 class Answers:

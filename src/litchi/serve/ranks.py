@@ -26,6 +26,7 @@ from torch.distributed import init_device_mesh
 from litchi.config import BadInput, parse, plain
 from litchi.model.weights import load_model
 from litchi.parallel.mesh import AXES, Layout, World, degrees
+from litchi.serve.placing import device_of, placing
 from litchi.serve.tensor import TensorRunner
 
 if TYPE_CHECKING:
@@ -34,9 +35,15 @@ if TYPE_CHECKING:
 log = logging.getLogger("litchi.serve")
 
 
-def muster(folder: Path, config: ServeConfig) -> World:
-    """Start the other ranks of `serve.tensor`, which load the folder as well, and meet them. Raises BadInput."""
+def muster(folder: Path, config: ServeConfig, number: int = 0) -> World:
+    """Start the other ranks of `serve.tensor`, which load the folder as well, and meet them. Raises BadInput.
+
+    `number` is that of the first rank's device among those of this machine.
+    """
     dtype_of(config)
+    device = device_of(config.engine, number)
+    if device.type == "cuda" and (seen := torch.cuda.device_count()) < config.tensor:
+        raise BadInput(f"serve.tensor={config.tensor} wants as many GPUs, here are {seen}: set serve.tensor={seen}")
     place, size = Path(tempfile.mkdtemp(prefix="litchi-ranks-")), config.tensor
     told = {"folder": str(folder), "serve": plain(config, type(config)), "threads": torch.get_num_threads()}
     for rank in range(1, size):
@@ -44,10 +51,10 @@ def muster(folder: Path, config: ServeConfig) -> World:
             [sys.executable, "-m", "litchi.serve.ranks"], stdin=subprocess.PIPE, text=True, start_new_session=True
         )
         assert process.stdin is not None
-        process.stdin.write(json.dumps(told | {"rank": rank, "place": str(place)}) + "\n")
+        process.stdin.write(json.dumps(told | {"rank": rank, "place": str(place), "number": number + rank}) + "\n")
         process.stdin.flush()  # and stays open: its end is ours
         threading.Thread(target=mourn, args=(process, rank), name=f"litchi-rank-{rank}", daemon=True).start()
-    return join(place, 0, size)
+    return join(place, 0, size, device)
 
 
 def mourn(process: subprocess.Popen, rank: int) -> None:
@@ -58,15 +65,16 @@ def mourn(process: subprocess.Popen, rank: int) -> None:
     os._exit(1)
 
 
-def join(place: Path, rank: int, size: int) -> World:
+def join(place: Path, rank: int, size: int, device: torch.device) -> World:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", store=dist.FileStore(str(place / "store"), size), rank=rank, world_size=size)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.FileStore(str(place / "store"), size), rank=rank, world_size=size)
     layout = Layout(data=1, tensor=size, sequence=False)
-    mesh = init_device_mesh("cpu", tuple(degrees(layout).values()), mesh_dim_names=AXES)
-    dist.barrier()
+    mesh = init_device_mesh(device.type, tuple(degrees(layout).values()), mesh_dim_names=AXES)
+    dist.all_reduce(torch.zeros(1))
     if rank == 0:
         shutil.rmtree(place, ignore_errors=True)  # all have met
-    return World(layout, rank, size, torch.device("cpu"), mesh)
+    return World(layout, rank, size, device, mesh)
 
 
 def dtype_of(config: ServeConfig) -> torch.dtype:
@@ -88,9 +96,10 @@ def main() -> None:
     threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
     config = parse(ServeConfig, told["serve"], "serve")
     torch.set_num_threads(told["threads"])
-    world = join(Path(told["place"]), told["rank"], config.tensor)
-    c = config.engine
-    runner = TensorRunner(load_model(Path(told["folder"])), dtype_of(config), world)
+    c, number = config.engine, told["number"]
+    where = placing(c, number)
+    world = join(Path(told["place"]), told["rank"], config.tensor, device_of(c, number))
+    runner = TensorRunner(load_model(Path(told["folder"]), where), dtype_of(config), world)
     runner.follow(*runner.room(c.cache_tokens // c.page + 1, c.page))
 
 

@@ -25,6 +25,8 @@ from litchi.model.rope import rotations
 from litchi.schema.arrays import IGNORE
 from litchi.schema.processor import Builder
 from litchi.schema.sequence import Batch, Vectors
+from litchi.serve.device import DeviceReader
+from litchi.serve.lanes import Laid, Slots
 from litchi.serve.pages import Pages
 
 
@@ -45,22 +47,6 @@ class Piece:
     def ends(self) -> list[int]:
         """For each token the end of its span, or `stop` if that comes first: it reads all keys up to there."""
         return span_stops(self.builder.spans, self.start, self.stop)
-
-
-class Laid(Protocol):
-    """As much of a piece as attention must know."""
-
-    @property
-    def start(self) -> int: ...
-
-    @property
-    def stop(self) -> int: ...
-
-    @property
-    def pages(self) -> Sequence[int]: ...
-
-    @property
-    def ends(self) -> list[int]: ...
 
 
 class Runner(Protocol):
@@ -93,25 +79,45 @@ class TorchRunner:
     clear = True
 
     def __init__(
-        self, model: Model, dtype: torch.dtype, *, steady: bool = True, adapters: Adapters | None = None
+        self,
+        model: Model,
+        dtype: torch.dtype,
+        *,
+        steady: bool = True,
+        adapters: Adapters | None = None,
+        reader: DeviceReader | None = None,
     ) -> None:
-        """`dtype` is what matrices are multiplied in."""
+        """`dtype` is what matrices are multiplied in; `reader` computes where the network is not on a CPU."""
         self.model, self.dtype, self.exact = model.eval(), dtype, steady
-        self.adapters = adapters or Adapters(model)
+        self.adapters, self.reader = adapters or Adapters(model), reader
         if steady:
             exact.apply(model)
         model.attention = attention
-        self.name = f"torch {torch.__version__} {str(dtype).removeprefix('torch.')}"
+        self.device, self.kv_heads = model.embed_tokens.weight.device, model.config.num_kv_heads
+        tied = reader is not None and model.config.tied
+        self.table = model.embed_tokens.weight.detach().to(dtype) if tied else None
+        self.told = f"torch {torch.__version__} {str(dtype).removeprefix('torch.')}"
+
+    @property
+    def name(self) -> str:
+        return self.told if self.reader is None else f"{self.told} {self.reader.name}"
 
     def room(self, num_pages: int, size: int) -> tuple[Tensor, Tensor]:
         c = self.model.config
-        shape = (c.num_layers, num_pages, c.num_kv_heads, size, c.head_width)
-        device = self.model.embed_tokens.weight.device
-        return torch.zeros(shape, dtype=self.dtype, device=device), torch.zeros(shape, dtype=self.dtype, device=device)
+        shape = (c.num_layers, num_pages, self.kv_heads, size, c.head_width)
+        if self.reader is not None:
+            return self.reader.room(shape)
+        return torch.zeros(shape, dtype=self.dtype), torch.zeros(shape, dtype=self.dtype)
+
+    def length(self, count: int) -> int:
+        """Tokens of a step of so many, padding included."""
+        if self.reader is not None:
+            return self.reader.length(count)
+        return count + -count % exact.ROWS if self.exact else count
 
     @torch.no_grad()
     def run(self, pieces: Sequence[Piece], pages: Pages) -> list[Tensor | None]:
-        batch = together(pieces, exact.ROWS if self.exact else 1)
+        batch = together(pieces, self.length)
         texts = [(piece.adapter, piece.stop - piece.start) for piece in pieces]
         with self.adapters.reading(texts):
             x_TD = self.read(batch, pieces, pages)
@@ -119,18 +125,25 @@ class TorchRunner:
         scores = scored(pieces, ends, lambda last: self.logits(x_TD[last]))
         found: list[Tensor | None] = []
         for end, piece, own in zip(ends, pieces, scores, strict=False):
-            found.append(own if piece.scores else x_TD[end - piece.rows : end] if piece.rows else None)
+            found.append(own if piece.scores else x_TD[end - piece.rows : end].cpu() if piece.rows else None)
         return found
 
     def read(self, batch: Batch, pieces: Sequence[Laid], pages: Pages) -> Tensor:
-        """Hidden states (T, D)."""
+        """Hidden states (T, D), where the network is."""
+        if self.reader is not None:
+            return self.reader(batch, pieces, pages)
         with torch.autocast(pages.keys.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             return self.model(batch, View(pages, pieces, steady=self.exact))
 
     @torch.no_grad()
     def logits(self, x_ND: Tensor) -> Tensor:
-        with torch.autocast(x_ND.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            return self.model.logits(x_ND).float()
+        return self.weigh(x_ND.to(self.device)).cpu()
+
+    def weigh(self, x_ND: Tensor) -> Tensor:
+        """Scores where the network is."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            known = self.model.logits(x_ND) if self.table is None else self.model.product(x_ND, self.table)
+            return known.float()
 
 
 class NativeRunner:
@@ -154,7 +167,7 @@ class NativeRunner:
 
     @torch.no_grad()
     def run(self, pieces: Sequence[Piece], pages: Pages) -> list[Tensor | None]:
-        c, batch = self.model.config, together(pieces, 1)
+        c, batch = self.model.config, together(pieces)
         x_TD = self.model.embed(batch, self.model.see(batch)).float()
         rotation = rotations(batch.positions, c.head_width, c.theta, c.scaling, c.sections)
         slots: list[int] = []
@@ -239,7 +252,7 @@ class View:
 
 def attention(batch: Batch, cache: Any) -> Attend:
     """Over pages, or as the rules have it."""
-    return cache.attend if isinstance(cache, View) else exact.attention(batch, cache)
+    return cache.attend if isinstance(cache, View | Slots) else exact.attention(batch, cache)
 
 
 def mask_of(piece: Laid) -> Tensor:
@@ -265,8 +278,8 @@ def scored(
     return logits(last).split([piece.scores for piece in pieces]) if last else [None] * len(pieces)
 
 
-def together(pieces: Sequence[Piece], multiple: int) -> Batch:
-    """The pieces end to end, each a document, and padding that makes tokens a multiple of what the rule wants."""
+def together(pieces: Sequence[Piece], length_of: Callable[[int], int] = int) -> Batch:
+    """The pieces end to end, each a document, and padding up to the length that is wanted of so many tokens."""
     tokens: list[int] = []
     positions: list[tuple[int, int, int]] = []
     spans: list[int] = []
@@ -283,7 +296,7 @@ def together(pieces: Sequence[Piece], multiple: int) -> Batch:
         spans += b.spans[piece.start : piece.stop]
         docs += [number] * (piece.stop - piece.start)
         starts.append(len(tokens))
-    missing = -len(tokens) % multiple
+    missing = length_of(len(tokens)) - len(tokens)
     if missing:
         tokens += [0] * missing
         positions += [(0, 0, 0)] * missing

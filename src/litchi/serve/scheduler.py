@@ -46,6 +46,8 @@ class EngineConfig:
     guess_rows: int = 0
     """Tokens that take as long to read as the weights; steps of as many hold no guesses. 0: as many as weights have
     bits, but for int4's 6."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where it is computed: "auto" is a GPU if there is one and nothing is asked that only C++ on a CPU has."""
     exact: bool = True
     """Whether an answer may not depend on what is answered beside it; "native" knows no other way."""
 

@@ -19,14 +19,17 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from litchi.model import exact
+from litchi.model.lowrank import Adapters
 from litchi.model.network import Model
 from litchi.parallel import tensor
 from litchi.parallel.collectives import all_gather, tree_sum
 from litchi.parallel.mesh import World
 from litchi.schema.arrays import IGNORE
 from litchi.schema.sequence import Batch, Modality, Vectors
+from litchi.serve.device import DeviceReader
+from litchi.serve.lanes import Laid
 from litchi.serve.pages import Pages
-from litchi.serve.runner import Laid, TorchRunner
+from litchi.serve.runner import TorchRunner
 
 STOP, READ, SCORE = 0, 1, 2
 """What the first rank asks of the others."""
@@ -36,17 +39,15 @@ class TensorRunner(TorchRunner):
     """The runner of the first rank. Raises BadInput, naming the size, for a network that does not divide."""
 
     def __init__(self, model: Model, dtype: torch.dtype, world: World) -> None:
-        super().__init__(model, dtype, steady=True)
+        adapters = Adapters(model)
+        reader = None if world.device.type == "cpu" else DeviceReader(model, dtype, adapters, exact=True, graphs=None)
+        super().__init__(model, dtype, steady=True, adapters=adapters, reader=reader)
         group = world.group("tensor")
         assert group is not None
         self.group: ProcessGroup = group
         tensor.apply(model, world, product=exact.product, out=steady_sum)
-        self.name += f" over {group.size()} ranks"
-
-    def room(self, num_pages: int, size: int) -> tuple[Tensor, Tensor]:
-        keys, values = super().room(num_pages, size)
-        heads = keys.shape[2] // self.group.size()
-        return keys[:, :, :heads].contiguous(), values[:, :, :heads].contiguous()
+        self.kv_heads //= group.size()
+        self.told += f" over {group.size()} ranks"
 
     def read(self, batch: Batch, pieces: Sequence[Laid], pages: Pages) -> Tensor:
         self.tell(READ, step_of(batch, pieces))
@@ -54,13 +55,17 @@ class TensorRunner(TorchRunner):
 
     @torch.no_grad()
     def logits(self, x_ND: Tensor) -> Tensor:
-        self.tell(SCORE, {"x": x_ND.contiguous()})
+        self.tell(SCORE, {"x": x_ND.cpu().contiguous()})
         return self.scores(x_ND)
 
     def scores(self, x_ND: Tensor) -> Tensor:
         """Each rank scores its own words."""
         rows = x_ND if x_ND.dim() == 2 else x_ND[None]
-        return all_gather(super().logits(rows).T.contiguous(), self.group).T.reshape(*x_ND.shape[:-1], -1)
+        return (
+            all_gather(self.weigh(rows.to(self.device)).T.contiguous(), self.group)
+            .T.reshape(*x_ND.shape[:-1], -1)
+            .cpu()
+        )
 
     def tell(self, what: int, tensors: dict[str, Tensor]) -> None:
         body = torch.frombuffer(bytearray(save(tensors) if tensors else b" "), dtype=torch.uint8)
