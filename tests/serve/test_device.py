@@ -221,6 +221,19 @@ def test_an_engine_on_a_device_answers_as_one_on_the_cpu(kind: str, monkeypatch)
     assert played > 12
 
 
+@pytest.mark.parametrize(("page", "step", "count"), [(8, 5, 40), (128, 80, 104)])
+def test_rows_that_are_wanted_of_many_steps_outlive_them_and_the_look_leaves_no_page_behind(page, step, count) -> None:
+    """What a graph leaves is overwritten when it plays again, and it knows pages by where they lie."""
+    p = processor()
+    config = EngineConfig(page=page, cache_tokens=512, step_tokens=step, path="torch", weights="float32")
+    asked = Request(parts=(), tokens=tuple(range(5, 5 + count)), want="embed")
+    engines = [engine_of(wordy(p), p, config).look(), Engine(wordy(p), p, config)]
+    mine, theirs = (engine.start().complete(asked) for engine in engines)
+    for engine in engines:
+        engine.close()
+    assert torch.allclose(torch.tensor(mine.vector), torch.tensor(theirs.vector), atol=1e-5)
+
+
 def test_nothing_of_a_step_is_left_on_the_cpu() -> None:
     """In a process of its own, since a device of that kind stays where it has been made known."""
     answer = subprocess.run([sys.executable, "-m", "tests.serve.nowhere"], capture_output=True, text=True)
