@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,7 +34,8 @@ class DeviceReader:
         c = model.config
         # Experts are chosen by looking at tokens, for which the CPU would have to wait.
         steady = c.mixture is None and c.experts == 1
-        self.graphs = graphs(self.replayable) if graphs is not None and steady else None
+        self.make_graphs = graphs if steady else None
+        self.graphs: Graphs | None = None
         self.form: type[Slots] = Lanes
         self.pages: Pages | None = None
 
@@ -62,17 +64,15 @@ class DeviceReader:
         """Hidden states (T, D), on the device."""
         laid = self.form.lay(pieces, len(batch), pages.size)
         laid = {name: x.to(self.device, non_blocking=True) for name, x in laid.items()}
-        if self.graphs is None or len(batch) > SMALL or batch.vectors or self.adapters.now:
+        if self.make_graphs is None or len(batch) > SMALL or batch.vectors or self.adapters.now:
             return self.compute(batch.to(self.device), self.form(pages, laid))
-        if self.pages is not pages:  # a graph knows where they lie
-            self.pages = pages
-            self.graphs.known.clear()
+        if self.graphs is None or self.pages is not pages:  # a graph knows where they lie
+            self.pages, self.graphs = pages, self.make_graphs(partial(self.replayable, pages))
         told = {"tokens": batch.tokens.to(self.device), "positions": batch.positions.to(self.device)}
         return self.graphs.run(laid | told).clone()
 
-    def replayable(self, inputs: dict[str, Tensor]) -> Tensor:
+    def replayable(self, pages: Pages, inputs: dict[str, Tensor]) -> Tensor:
         """A step of nothing but words, from tensors alone."""
-        assert self.pages is not None
         tokens = inputs["tokens"]
         nothing = torch.empty(0, device=self.device)
         batch = Batch(
@@ -86,7 +86,7 @@ class DeviceReader:
             cu_seqlens=nothing,
             vectors={},
         )
-        return self.compute(batch, self.form(self.pages, inputs))
+        return self.compute(batch, self.form(pages, inputs))
 
     @torch.no_grad()
     def compute(self, batch: Batch, slots: Slots) -> Tensor:
