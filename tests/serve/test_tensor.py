@@ -22,6 +22,7 @@ from litchi.serve.fleet import Fleet
 from litchi.serve.loading import load_answerer, load_engine
 from litchi.serve.run import ServeConfig
 from litchi.serve.scheduler import EngineConfig
+from litchi.serve.tensor import one_fate
 from tests.serve.test_fleet import Heard, until
 
 CONFIG = ServeConfig(workers=1, tensor=2, engine=EngineConfig(path="torch", weights="float32", cache_tokens=4096))
@@ -93,6 +94,15 @@ def test_a_rank_that_is_killed_ends_its_worker_and_another_pair_goes_on(pair: Fl
     heard.wait()
     assert heard.error is None and ask.deaths == 1
     assert "".join(piece.text for piece in heard.pieces) == whole.text
+
+
+def test_a_step_that_fails_on_one_rank_is_nobodys_answer() -> None:
+    """A connection that broke may be heard of before the death of the rank at its other end."""
+    if not (child := os.fork()):
+        with one_fate():
+            raise RuntimeError("Connection closed by peer")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
 
 
 def test_what_does_not_divide_is_refused(tmp_path) -> None:

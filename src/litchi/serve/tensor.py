@@ -9,7 +9,10 @@ T tokens, D width, V vocabulary, N rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 import torch
@@ -29,7 +32,9 @@ from litchi.schema.sequence import Batch, Modality, Vectors
 from litchi.serve.device import DeviceReader
 from litchi.serve.lanes import Laid
 from litchi.serve.pages import Pages
-from litchi.serve.runner import TorchRunner
+from litchi.serve.runner import Piece, TorchRunner
+
+log = logging.getLogger("litchi.serve")
 
 STOP, READ, SCORE = 0, 1, 2
 """What the first rank asks of the others."""
@@ -49,14 +54,19 @@ class TensorRunner(TorchRunner):
         self.kv_heads //= group.size()
         self.told += f" over {group.size()} ranks"
 
+    def run(self, pieces: Sequence[Piece], pages: Pages) -> list[Tensor | None]:
+        with one_fate():
+            return super().run(pieces, pages)
+
     def read(self, batch: Batch, pieces: Sequence[Laid], pages: Pages) -> Tensor:
         self.tell(READ, step_of(batch, pieces))
         return super().read(batch, pieces, pages)
 
     @torch.no_grad()
     def logits(self, x_ND: Tensor) -> Tensor:
-        self.tell(SCORE, {"x": x_ND.cpu().contiguous()})
-        return self.scores(x_ND)
+        with one_fate():
+            self.tell(SCORE, {"x": x_ND.cpu().contiguous()})
+            return self.scores(x_ND)
 
     def scores(self, x_ND: Tensor) -> Tensor:
         """Each rank scores its own words."""
@@ -100,6 +110,16 @@ class TensorRunner(TorchRunner):
                     page = seat.pages[at // pages.size]
                     keys[:, page], values[:, page] = 0, 0
             super().read(batch, seats, pages)
+
+
+@contextmanager
+def one_fate() -> Iterator[None]:
+    """A step that failed on one rank has left each somewhere else in it: the worker ends, and another is asked."""
+    try:
+        yield
+    except Exception:
+        log.exception("a step over several ranks failed, and the worker ends with it")
+        os._exit(1)
 
 
 def steady_sum(x: Tensor, group: ProcessGroup) -> Tensor:
