@@ -12,7 +12,7 @@ from litchi.model.lowrank import Adapters
 from litchi.model.network import Model
 from litchi.schema.sequence import Batch
 from litchi.serve.graphs import Graphs
-from litchi.serve.lanes import SMALL, Flash, Laid, Lanes, Slots, flash_works, rounded
+from litchi.serve.lanes import SMALL, Flash, Laid, Lanes, Slots, SplitFlash, flash_works, rounded
 from litchi.serve.pages import Pages
 
 
@@ -53,7 +53,8 @@ class DeviceReader:
             value = torch.zeros(num_layers, num_pages, size, groups, width, dtype=self.dtype, device=self.device)
             kept.append(value.transpose(2, 3))
         heads = groups * (c.num_heads // c.num_kv_heads)
-        self.form = Flash if not c.modalities and flash_works(kept[0][0], heads) else Lanes
+        flash = Flash if self.exact else SplitFlash
+        self.form = flash if not c.modalities and flash_works(kept[0][0], heads) else Lanes
         return kept[0], kept[1]
 
     def length(self, count: int) -> int:

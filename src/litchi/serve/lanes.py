@@ -165,6 +165,12 @@ class Flash(Slots):
         return found
 
 
+class SplitFlash(Flash):
+    """The same with keys in as many parts as is fast, which depends on neighbours."""
+
+    splits = None
+
+
 def flash_works(keys: Tensor, heads: int) -> bool:
     """Whether this PyTorch and this device have FlashAttention for pages like `keys` (P, G, size, K): it is tried."""
     try:
