@@ -56,9 +56,12 @@ class Runner(Protocol):
     """Whether what is made of a token does not depend on its neighbours."""
     clear: bool
     """Whether it reads keys that it has not written, and only masks them."""
-    name: str
-    """What tells its arithmetic from others': bits may only be compared under one name."""
     model: Model
+
+    @property
+    def name(self) -> str:
+        """What tells its arithmetic from others': bits may only be compared under one name."""
+        ...
 
     def room(self, num_pages: int, size: int) -> tuple[Tensor, Tensor]:
         """Memory for keys and values, (L, num_pages, G, size, K) each."""
