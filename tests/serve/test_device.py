@@ -43,7 +43,7 @@ from litchi.serve.runner import TorchRunner
 from litchi.serve.scheduler import EngineConfig
 from tests.laws.documents import model, processor
 from tests.serve.nowhere import again, reader_of, wordy
-from tests.serve.test_engine import KINDS, Answer, play, request, same_part
+from tests.serve.test_engine import KINDS, Answer, play, request, same, same_part
 
 CPU = torch.device("cpu")
 
@@ -287,6 +287,18 @@ def test_engines_share_the_gpus_out(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert [device_of(EngineConfig(), number).index for number in (0, 2, 5)] == [0, 2, 1]
     assert device_of(EngineConfig(weights="int8")) == device_of(EngineConfig(path="native")) == CPU
+
+
+def test_matrices_that_are_kept_narrow_give_the_bits_of_those_that_are_made_so_in_each_step() -> None:
+    """The path in PyTorch on a CPU, which spends most of a step on that otherwise."""
+    p, config = processor(), EngineConfig(path="torch", cache_tokens=4096)
+    asked = [request(random.Random(seed), "mask") for seed in range(12)]
+    kept = Engine(model(p), p, config, take=True)
+    assert kept.model.layers[0].get_submodule("experts.0.mlp.up_proj").weight.dtype == torch.bfloat16
+    for mine, theirs in zip(
+        *(play(e, asked, random.Random(0)) for e in (kept, Engine(model(p), p, config))), strict=True
+    ):
+        assert mine.error is theirs.error is None and same(whole(mine.deltas), whole(theirs.deltas))
 
 
 @pytest.mark.gpu

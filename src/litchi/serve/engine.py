@@ -29,6 +29,7 @@ from litchi.serve.device import DeviceReader
 from litchi.serve.draft import guesser_of
 from litchi.serve.guess import Ahead, Foreseen
 from litchi.serve.pages import Pages
+from litchi.serve.placing import placed, table_of
 from litchi.serve.prefix import PageKeys
 from litchi.serve.promise import broken
 from litchi.serve.receipts import Origin
@@ -45,7 +46,7 @@ def runner_of(model: Model, c: EngineConfig, adapters: Adapters | None = None, *
     if model.embed_tokens.weight.device.type != "cpu":
         adapters = adapters or Adapters(model)
         reader = DeviceReader(model, dtype, adapters, exact=c.exact)
-        return TorchRunner(model, dtype, steady=c.exact, adapters=adapters, reader=reader)
+        return TorchRunner(model, dtype, steady=c.exact, adapters=adapters, reader=reader, table=table_of(model, dtype))
     why = unsupported(model.config)
     if c.path == "native" or (c.path == "auto" and not why and c.exact and c.page % BLOCK == 0):
         return NativeRunner(model, torch.int8 if c.kv == "int8" else dtype, c.weights, adapters=adapters, take=take)
@@ -55,7 +56,8 @@ def runner_of(model: Model, c: EngineConfig, adapters: Adapters | None = None, *
         raise BadInput(
             f"serve.engine.weights={c.weights} is native only, but {why or 'the path is torch'}: set bfloat16"
         )
-    return TorchRunner(model, dtype, steady=c.exact, adapters=adapters)
+    table = table_of(placed(model, torch.device("cpu"), dtype), dtype) if take else None
+    return TorchRunner(model, dtype, steady=c.exact, adapters=adapters, table=table)
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,6 +55,12 @@ def place_of(model: Model, device: torch.device, dtype: torch.dtype) -> Callable
     return place
 
 
+def table_of(model: Model, dtype: torch.dtype) -> Tensor | None:
+    """The table of words (V, D) in what scores are multiplied in, if it is needed and is not there."""
+    weight = model.embed_tokens.weight
+    return weight.detach().to(dtype) if model.config.tied and weight.dtype != dtype else None
+
+
 def placed(model: Model, device: torch.device, dtype: torch.dtype) -> Model:
     """The network, changed, with each parameter where `place_of` has it."""
     place = place_of(model, device, dtype)

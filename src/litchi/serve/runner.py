@@ -89,16 +89,18 @@ class TorchRunner:
         steady: bool = True,
         adapters: Adapters | None = None,
         reader: DeviceReader | None = None,
+        table: Tensor | None = None,
     ) -> None:
-        """`dtype` is what matrices are multiplied in; `reader` computes where the network is not on a CPU."""
+        """`dtype` is what matrices are multiplied in; `reader` computes where the network is not on a CPU.
+
+        `table` (V, D) is what scores are made with where the table of words would do, in `dtype`.
+        """
         self.model, self.dtype, self.exact = model.eval(), dtype, steady
-        self.adapters, self.reader = adapters or Adapters(model), reader
+        self.adapters, self.reader, self.table = adapters or Adapters(model), reader, table
         if steady:
             exact.apply(model)
         model.attention = attention
         self.device, self.kv_heads = model.embed_tokens.weight.device, model.config.num_kv_heads
-        tied = reader is not None and model.config.tied
-        self.table = model.embed_tokens.weight.detach().to(dtype) if tied else None
         self.told = f"torch {torch.__version__} {str(dtype).removeprefix('torch.')}"
 
     @property

@@ -32,6 +32,7 @@ from litchi.schema.sequence import Batch, Modality, Vectors
 from litchi.serve.device import DeviceReader
 from litchi.serve.lanes import Laid
 from litchi.serve.pages import Pages
+from litchi.serve.placing import placed
 from litchi.serve.runner import Piece, TorchRunner
 
 log = logging.getLogger("litchi.serve")
@@ -41,10 +42,10 @@ STOP, READ, SCORE = 0, 1, 2
 
 
 class TensorRunner(TorchRunner):
-    """The runner of the first rank. Raises BadInput, naming the size, for a network that does not divide."""
+    """The runner of the first rank, which has the model to itself. Raises BadInput, naming the size, for a network that does not divide."""
 
     def __init__(self, model: Model, dtype: torch.dtype, world: World) -> None:
-        adapters = Adapters(model)
+        adapters = Adapters(placed(model, world.device, dtype))
         reader = None if world.device.type == "cpu" else DeviceReader(model, dtype, adapters, exact=True, graphs=None)
         super().__init__(model, dtype, steady=True, adapters=adapters, reader=reader)
         group = world.group("tensor")
