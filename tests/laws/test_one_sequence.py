@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from litchi.model.attention import attend_dense, attend_pages, dense_mask, flex_attend, visible
+from litchi.model.attention import attend_dense, dense_mask, flex_attend, visible
 from litchi.model.cache import Columns, KVCache
 from litchi.model.objective import corrupt, loss_of, objective
 from litchi.schema.arrays import IGNORE
@@ -171,30 +171,11 @@ def test_the_forms_of_the_rule_agree(first: Sample, second: Sample) -> None:
     columns = Columns.of(batch)
     dense = attend_dense(q, k, v, mask_TM=dense_mask(columns, columns))
     torch.testing.assert_close(flex_attend(columns, columns)(q, k, v), dense, **CLOSE)
-    torch.testing.assert_close(paged(batch, q, k, v), dense, **CLOSE)
     row = T + 2
     laid = pack_rows([[s] for s in split(batch)], row, 0)
     mask = dense_mask(Columns.of(laid), Columns.of(laid))
     blocks = [mask[i : i + row, i : i + row].sum() for i in range(0, len(laid), row)]
     assert int(mask.sum()) == int(sum(blocks))  # nothing is visible across rows
-
-
-def paged(batch, q, k, v, page: int = 4):
-    """Scatter keys and values over shuffled pages, then attend through page tables."""
-    bounds = batch.cu_seqlens.tolist()
-    columns = Columns.of(batch)
-    order = torch.randperm(len(batch) // page + len(bounds) + 1)
-    k_pages, v_pages = (torch.randn(len(order), page, *x.shape[1:]) for x in (k, v))
-    tables, keys, used = [], [], 0
-    for a, b in zip(bounds, bounds[1:], strict=False):
-        count = -(-(b - a) // page)
-        table = order[used : used + count]
-        used += count
-        for i in range(b - a):
-            k_pages[table[i // page], i % page], v_pages[table[i // page], i % page] = k[a + i], v[a + i]
-        tables.append(table)
-        keys.append(Columns(columns.docs[a:b], columns.spans[a:b], columns.readable[a:b]))
-    return attend_pages(q, k_pages, v_pages, tables, columns, keys)
 
 
 def test_text_alone_is_causal() -> None:

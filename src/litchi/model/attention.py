@@ -1,5 +1,4 @@
-"""Who reads whom: one visibility rule, as a dense mask (the oracle), by rows, by documents, for FlexAttention, and over
-pages.
+"""Who reads whom: one visibility rule, as a dense mask (the oracle), by rows, by documents, and for FlexAttention.
 
 A token reads its own span, and every earlier readable span of its document. Causal text, bidirectional pictures, noised
 training copies and packed documents all follow from that one sentence.
@@ -15,7 +14,7 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from litchi.model.cache import Columns, KVCache
@@ -162,30 +161,3 @@ def flex_attend(q: Columns, k: Columns) -> Attend:
         return compiled(q_, k_, v_, block_mask=block_mask, enable_gqa=gqa)[0].transpose(0, 1)
 
     return attend
-
-
-# ---- pages: serving -----------------------------------------------------------------------------------------------
-
-
-def attend_pages(
-    q_THK: Tensor,
-    k_pages: Float[Tensor, "P page G K"],
-    v_pages: Float[Tensor, "P page G K"],
-    tables: list[Int[Tensor, "pages"]],
-    q: Columns,
-    k: list[Columns],
-) -> Tensor:
-    """Each document's keys lie in the pages that its table names, in order. oracle: attend_dense
-
-    `tables[d]` and `k[d]` belong to document d of the queries; the last page may be partly filled: `k[d]` says how far.
-    """
-    out = torch.empty_like(q_THK)
-    for doc, (table, columns) in enumerate(zip(tables, k, strict=True)):
-        rows = (q.docs == doc).nonzero()[:, 0]
-        if not len(rows):
-            continue
-        length = columns.docs.shape[0]
-        keys, values = (pages[table].flatten(0, 1)[:length] for pages in (k_pages, v_pages))
-        asked = Columns(q.docs[rows], q.spans[rows], q.readable[rows])
-        out[rows] = attend_dense(q_THK[rows], keys, values, mask_TM=dense_mask(asked, columns))
-    return out

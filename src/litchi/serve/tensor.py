@@ -42,7 +42,10 @@ STOP, READ, SCORE = 0, 1, 2
 
 
 class TensorRunner(TorchRunner):
-    """The runner of the first rank, which has the model to itself. Raises BadInput, naming the size, for a network that does not divide."""
+    """The runner of the first rank, which has the model to itself.
+
+    Raises BadInput, naming the size, for a network that does not divide.
+    """
 
     def __init__(self, model: Model, dtype: torch.dtype, world: World) -> None:
         adapters = Adapters(placed(model, world.device, dtype))
