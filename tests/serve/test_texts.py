@@ -69,6 +69,23 @@ def test_echoed_likelihoods_are_those_of_transformers(client, encode, theirs) ->
     assert answer.text.startswith(PROMPTS[0])
 
 
+def test_the_best_of_many_answers_are_told_the_likeliest_first(client) -> None:
+    """They are those that the same seeds give one by one; all are paid for."""
+    asked = {"temperature": 1.5, "seed": 5, "logprobs": 0, "extra_body": {"ignore_eos": True}}
+    every = complete(client, PROMPTS, n=6, **asked)
+    told = complete(client, PROMPTS, n=2, best_of=6, **asked)
+
+    def worth(choice) -> float:
+        return -sum(choice.logprobs.token_logprobs) / len(choice.logprobs.token_logprobs)
+
+    expected = [c for first in (0, 6) for c in sorted(every.choices[first : first + 6], key=worth)[:2]]
+    assert [c.text for c in told.choices] == [c.text for c in expected]
+    assert len({c.text for c in every.choices}) > 6 and [c.index for c in told.choices] == [0, 1, 2, 3]
+    assert told.usage == every.usage
+    quiet = complete(client, PROMPTS, n=2, best_of=6, **asked | {"logprobs": None})
+    assert [c.text for c in quiet.choices] == [c.text for c in expected] and quiet.choices[0].logprobs is None
+
+
 def harness_reads(choice, ctxlen: int) -> tuple[float, bool]:
     """A continuation's likelihood and whether it is greedy, as lm-eval 0.4 takes them from a body."""
     told = choice["logprobs"]
@@ -187,7 +204,10 @@ BAD = [
     ("completions", {"prompt": "a", "logprobs": 21}, "logprobs must be an integer from 0 to 20"),
     ("completions", {"prompt": "a", "logprobs": True}, "logprobs must be an integer"),
     ("completions", {"prompt": "a", "suffix": "b"}, "suffix is not supported"),
-    ("completions", {"prompt": "a", "best_of": 3}, "best_of is not supported"),
+    ("completions", {"prompt": "a", "best_of": 9}, "best_of must be an integer from 1 to 8"),
+    ("completions", {"prompt": "a", "best_of": 2, "n": 3}, "raise best_of or lower n"),
+    ("completions", {"prompt": "a", "best_of": 3, "stream": True}, "set stream to false"),
+    ("completions", {"prompt": ["a"] * 20, "best_of": 8}, "at most 128"),
     ("completions", {"prompt": "a", "max_tokens": 0}, "from 1"),
     ("completions", {"prompt": "a " * 300}, "this model reads 256: shorten it"),
     ("completions", {"prompt": "\ud800"}, "surrogate"),

@@ -206,7 +206,7 @@ def completion(models: Models, limits: Limits) -> Schema:
         "logprobs": integer(0, MAX_TOP),
         "echo": FLAG,
         "suffix": choice(""),
-        "best_of": choice(1),
+        "best_of": integer(1, MAX_N),
         "use_beam_search": choice(False),
         "skip_special_tokens": choice(True),
         "spaces_between_special_tokens": choice(True),

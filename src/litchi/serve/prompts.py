@@ -21,7 +21,6 @@ MAX_PROMPTS = 128
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
-    "best_of": (1,),
     "use_beam_search": (False,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
@@ -36,6 +35,8 @@ class Continuations:
 
     requests: tuple[Request, ...]
     num_prompts: int
+    n: int
+    """Answers to each prompt that are told: of more, those whose words are the likeliest."""
     echoes: tuple[str | None, ...] | None
     seed: int
     stream: bool
@@ -49,28 +50,34 @@ class Continuations:
 def read_completion(body: dict[str, Any], models: Models, limits: Limits) -> Continuations:
     """A body of POST /v1/completions. Raises BadInput, UnknownModel."""
     fields = Fields(body)
-    own = ("model", "prompt", "n", "stream", "stream_options", "logprobs", "echo")
+    own = ("model", "prompt", "n", "best_of", "stream", "stream_options", "logprobs", "echo")
     fields.known((*own, *SAMPLING, *CHOOSING, *HARMLESS, *NEUTRAL, *GUIDED))
     adapter = read_model(fields, models)
     fields.neutral(NEUTRAL)
     prompts = read_prompts(fields, "prompt", limits)
     n = fields.integer("n", 1, 1, MAX_N)
-    if len(prompts) * n > MAX_PROMPTS:
-        raise BadInput(f"prompt and n ask for {len(prompts) * n} answers, at most {MAX_PROMPTS} at once; send fewer")
+    most, stream = fields.integer("best_of", n, 1, MAX_N), fields.flag("stream")
+    if most < n:
+        raise BadInput(f"best_of is {most} and n {n}: the best n are chosen among best_of; raise best_of or lower n")
+    if stream and most > n:
+        raise BadInput(f"best_of={most} chooses among whole answers, which are no stream: set stream to false")
+    if len(prompts) * most > MAX_PROMPTS:
+        raise BadInput(f"prompt and n ask for {len(prompts) * most} answers, at most {MAX_PROMPTS} at once; send fewer")
     echo, top = fields.flag("echo"), read_count(fields, "logprobs")
     params = read_params(fields, limits, replace(GREEDY, max_tokens=16), least=0 if echo else 1)
-    params = replace(params, logprobs=top is not None, top_logprobs=top or 0, grammar=read_grammar(fields))
+    params = replace(params, logprobs=top is not None or most > n, top_logprobs=top or 0, grammar=read_grammar(fields))
     if echo and top is not None:
         params = replace(params, prompt_logprobs=max(top, params.prompt_logprobs or 0))
     options = fields.inner("stream_options")
     options.known(STREAM_OPTIONS)
-    each = [repeated(replace(prompt, params=params, adapter=adapter), n) for prompt in prompts]
+    each = [repeated(replace(prompt, params=params, adapter=adapter), most) for prompt in prompts]
     return Continuations(
         requests=tuple(request for requests in each for request in requests),
         num_prompts=len(prompts),
-        echoes=tuple(said(prompt) for prompt in prompts for _ in range(n)) if echo else None,
+        n=n,
+        echoes=tuple(said(prompt) for prompt in prompts for _ in range(most)) if echo else None,
         seed=params.seed,
-        stream=fields.flag("stream"),
+        stream=stream,
         usage=options.flag("include_usage"),
         top=top,
         store=fields.flag("store", True),

@@ -65,8 +65,9 @@ class Writer:
 
     def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
         told = []
-        for index, choice in enumerate(choices):
-            body: dict[str, Any] = {"index": index, "text": self.echo(index) + choice.text, "logprobs": None}
+        for number, index in enumerate(self.best(choices)):
+            choice = choices[index]
+            body: dict[str, Any] = {"index": number, "text": self.echo(index) + choice.text, "logprobs": None}
             if self.ask.top is not None:
                 prompt = choice.prompt if self.ask.echoes else []
                 body["logprobs"] = self.columns[index].of([*prompt, *choice.scored])
@@ -74,6 +75,14 @@ class Writer:
                 body["prompt_logprobs"] = prompt_rows(choice.prompt)
             told.append(body | {"finish_reason": choice.finish, "stop_reason": choice.matched})
         return self.head() | {"choices": told, "usage": self.usage(choices)}
+
+    def best(self, choices: Sequence[Choice]) -> list[int]:
+        """Which answers are told: of each prompt's the likeliest, by the mean of its words, if there are too many."""
+        each, found = len(choices) // self.ask.num_prompts, []
+        for first in range(0, len(choices), each):
+            own = range(first, first + each)
+            found += own if each == self.ask.n else sorted(own, key=lambda i: -likelihood(choices[i]))[: self.ask.n]
+        return found
 
     def opening(self, index: int) -> str:
         return self.chunk(index, self.echo(index)) if self.echo(index) else ""
@@ -109,6 +118,12 @@ class Writer:
         each = len(choices) // self.ask.num_prompts
         read, made = sum(c.prompt_tokens or 0 for c in choices[::each]), sum(len(c.tokens) for c in choices)
         return {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
+
+
+def likelihood(choice: Choice) -> float:
+    """The mean of the log-probabilities of its words."""
+    worth = [scored.logprob for scored in choice.scored if scored.logprob is not None]
+    return sum(worth) / len(worth) if worth else 0.0
 
 
 class Columns:
