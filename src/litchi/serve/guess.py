@@ -21,6 +21,7 @@ from torch import Tensor
 from litchi.model.packing import Format
 from litchi.model.program import Read
 from litchi.schema.processor import Builder
+from litchi.serve.lanes import SMALL
 from litchi.serve.pages import Pages
 from litchi.serve.runner import Piece
 from litchi.serve.scheduler import EngineConfig, Track
@@ -191,7 +192,8 @@ class Ahead:
 
     def __init__(self, config: EngineConfig, pages: Pages, guesser: Guesser | None) -> None:
         self.config, self.pages, self.guesser = config, pages, guesser
-        self.most_rows = config.guess_rows or PAYS[config.weights]
+        on_cpu = pages.keys.device.type == "cpu"
+        self.most_rows = config.guess_rows or (PAYS[config.weights] if on_cpu else SMALL)
         self.all = Luck()
         self.luck: dict[Track, Luck] = {}
         self.kinds: dict[Track, list[int]] = {}

@@ -45,7 +45,7 @@ class EngineConfig:
     """The most words that are guessed ahead of a document."""
     guess_rows: int = 0
     """Tokens that take as long to read as the weights; steps of as many hold no guesses. 0: as many as weights have
-    bits, but for int4's 6."""
+    bits, but for int4's 6; on a GPU 64, which is what a graph takes."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where it is computed: "auto" is a GPU if there is one and nothing is asked that only C++ on a CPU has."""
     exact: bool = True
