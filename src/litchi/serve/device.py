@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -70,7 +71,9 @@ class DeviceReader:
         if self.graphs is None or self.pages is not pages:  # a graph knows where they lie
             self.pages, self.graphs = pages, self.make_graphs(partial(self.replayable, pages))
         told = {"tokens": batch.tokens.to(self.device), "positions": batch.positions.to(self.device)}
-        return self.graphs.run(laid | told).clone()
+        on_cuda = self.device.type == "cuda"
+        with torch.cuda.device(self.device) if on_cuda else nullcontext():  # each thread has a device of its own
+            return self.graphs.run(laid | told).clone()
 
     def replayable(self, pages: Pages, inputs: dict[str, Tensor]) -> Tensor:
         """A step of nothing but words, from tensors alone."""
