@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from litchi.model.adopt import adopt
 from litchi.schema.templates import TEMPLATES
-from litchi.serve.calls import Call, CallReader, Toolbox, as_said, moved, style_of
+from litchi.serve.callreader import Begun, CallReader
+from litchi.serve.calls import Call, Toolbox, as_said, moved, style_of
 from tests.model.test_adopt import folder  # noqa: F401 (fixture: a random Llama of transformers)
 
 openai = pytest.importorskip("openai")
@@ -101,8 +102,9 @@ def test_a_stream_tells_the_same_calls(client) -> None:
     }
     [whole] = ask(client, **asked).choices[0].message.tool_calls
     chunks = [c.choices[0] for c in ask(client, **asked, stream=True)]
-    [told] = [call for c in chunks for call in c.delta.tool_calls or []]
-    assert (told.index, told.function.name, told.function.arguments) == (0, "weather", whole.function.arguments)
+    first, *rest = [call for c in chunks for call in c.delta.tool_calls or []]
+    assert (first.index, first.function.name, first.function.arguments) == (0, "weather", "")
+    assert "".join(row.function.arguments for row in rest) == whole.function.arguments
     assert chunks[-1].finish_reason == "tool_calls" and not any(c.delta.content for c in chunks)
 
 
@@ -168,7 +170,7 @@ BAD = {
         {"tools": [STOP], "tool_choice": "required", "response_format": {"type": "json_object"}},
         "leave one out",
     ),
-    "arguments": ({"messages": returned("{")}, "arguments must be a JSON object"),
+    "arguments": ({"messages": returned("[]")}, "arguments must be a JSON object"),
 }
 
 
@@ -202,9 +204,12 @@ def read(text: str, cuts: list[int], style: str) -> list[object]:
     for each in [*found, *reader.close()]:
         if isinstance(each, str) and joined and isinstance(joined[-1], str):
             joined[-1] += each
-        else:
-            joined.append(each if isinstance(each, str) else (each.name, json.loads(each.arguments)))
-    return joined
+        elif isinstance(each, str):
+            joined.append(each)
+        elif isinstance(each, Begun):
+            joined.append(each)
+    calls = {call.id: (call.name, json.loads(call.arguments)) for call in reader.calls}
+    return [calls[each.call.id] if isinstance(each, Begun) else each for each in joined]
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)

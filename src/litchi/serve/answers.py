@@ -6,7 +6,6 @@ import base64
 import json
 import time
 import uuid
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +13,8 @@ from typing import Any
 from litchi.schema.request import Completion, Delta, Scored
 from litchi.schema.sample import Action, Image, Part, Text
 from litchi.schema.spelling import shown
-from litchi.serve.calls import Call, CallReader
+from litchi.serve.callreader import Argued, Begun, CallReader
+from litchi.serve.calls import Call
 from litchi.serve.limits import data_url, encode_png
 from litchi.serve.wire import Ask
 
@@ -85,8 +85,6 @@ class Writer:
         self.id, self.created = fresh("chatcmpl"), int(time.time())
         self.receipt = self.id if ask.store else ""
         self.readers = {index: CallReader(ask.tools) for index in range(len(ask.requests))} if ask.tools.names else {}
-        self.called: Counter[int] = Counter()
-        """How many calls each answer has made."""
 
     def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
         body = self._head("chat.completion")
@@ -97,8 +95,8 @@ class Writer:
         return self._chunk(index, {"role": "assistant", "content": ""})
 
     def piece(self, index: int, delta: Delta) -> str:
-        """An event for a piece of text or a picture; empty if the delta shows neither."""
-        said = self._said(index, delta)
+        """The events for a piece of text, of a call or a picture; empty if the delta shows none."""
+        said, rows = self._said(index, delta)
         if isinstance(delta.part, Image):
             said["images"] = [picture_part(delta.part)]
         more: dict[str, Any] = {"logprobs": {"content": logprobs_of(delta)}} if delta.logprobs else {}
@@ -106,23 +104,33 @@ class Writer:
             more["prompt_logprobs"] = prompt_rows(delta.prompt)
         if self.ask.token_ids and delta.tokens:
             more["token_ids"] = list(delta.tokens)
-        return self._chunk(index, said, **more) if said or more else ""
+        told = self._chunk(index, said, **more) if said or more else ""
+        return told + "".join(self._chunk(index, {"tool_calls": [row]}) for row in rows)
 
     def closing(self, index: int, choice: Choice) -> str:
-        finish = "tool_calls" if self.called[index] and choice.finish == "stop" else choice.finish
-        return self._chunk(index, {}, finish_reason=finish, stop_reason=choice.matched)
+        return self._chunk(index, {}, finish_reason=self._finish(index, choice), stop_reason=choice.matched)
 
-    def _said(self, index: int, delta: Delta) -> dict[str, Any]:
-        """The text of a delta and the calls that are whole with it."""
-        found: list[str | Call] = [delta.text]
-        if index in self.readers:
-            found = self.readers[index].feed(delta.text)
-            found += self.readers[index].close() if delta.finish else []
-        text = "".join(each for each in found if isinstance(each, str))
-        calls = [call_body(each) for each in found if isinstance(each, Call)]
-        rows = [{"index": self.called[index] + i} | call for i, call in enumerate(calls)]
-        self.called[index] += len(calls)
-        return ({"content": text} if text else {}) | ({"tool_calls": rows} if rows else {})
+    def _said(self, index: int, delta: Delta) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """The text of a delta, and what it tells of calls: first a name, then the arguments as they come."""
+        if (reader := self.readers.get(index)) is None:
+            return ({"content": delta.text} if delta.text else {}), []
+        at, text, rows = len(reader.calls) - 1, "", []
+        for piece in [*reader.feed(delta.text), *(reader.close() if delta.finish else [])]:
+            match piece:
+                case str():
+                    text += piece
+                case Begun():
+                    at += 1
+                    rows.append({"index": at} | call_body(piece.call))
+                case Argued():
+                    rows.append({"index": at, "function": {"arguments": piece.text}})
+        return ({"content": text} if text else {}), rows
+
+    def _finish(self, index: int, choice: Choice) -> str:
+        """Why an answer ended; one that was cut within a call does not ask for calls to be made."""
+        reader = self.readers.get(index)
+        called = reader is not None and reader.calls and not reader.cut
+        return "tool_calls" if called and choice.finish == "stop" else choice.finish
 
     def ending(self, choices: Sequence[Choice]) -> str:
         told = event(self._head("chat.completion.chunk") | {"choices": [], "usage": usage(choices)})
@@ -139,17 +147,15 @@ class Writer:
     def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
         pictures = [picture_part(part) for part in choice.parts if isinstance(part, Image)]
         message: dict[str, Any] = {"role": "assistant", "content": choice.text}
-        if index in self.readers:
-            found = [*self.readers[index].feed(choice.text), *self.readers[index].close()]
-            calls = [call_body(each) for each in found if isinstance(each, Call)]
-            text = "".join(each for each in found if isinstance(each, str))
-            message = {"role": "assistant", "content": text or (None if calls else "")}
-            message |= {"tool_calls": calls} if calls else {}
+        if reader := self.readers.get(index):
+            reader.feed(choice.text)
+            reader.close()
+            message["content"] = reader.text or (None if reader.calls else "")
+            message |= {"tool_calls": list(map(call_body, reader.calls))} if reader.calls else {}
         if pictures:
             message |= {"content": [_content(part) for part in choice.parts], "images": pictures}
-        finish = "tool_calls" if "tool_calls" in message and choice.finish == "stop" else choice.finish
-        body: dict[str, Any] = {"index": index, "message": message, "finish_reason": finish}
-        body |= {"stop_reason": choice.matched}
+        body: dict[str, Any] = {"index": index, "message": message}
+        body |= {"finish_reason": self._finish(index, choice), "stop_reason": choice.matched}
         if choice.prompt:
             body["prompt_logprobs"] = prompt_rows(choice.prompt)
         body["logprobs"] = {"content": choice.logprobs} if self.ask.requests[0].params.logprobs else None

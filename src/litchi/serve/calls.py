@@ -1,4 +1,4 @@
-"""Tools that a model may call: how they are told, how calls are forced by a grammar, and how they are read back.
+"""Tools that a model may call: how they are told, how calls are forced by a grammar, and how they are sent back.
 
 What a model says to call a tool is text like other text, and it is kept as such: a call that a client sends back stands
 in the conversation just as the model writes calls, so that each turn continues what was read before.
@@ -38,7 +38,7 @@ def style_of(template: str) -> Style:
 class Call:
     name: str
     arguments: str
-    """JSON, an object."""
+    """JSON, an object, as the model wrote it: cut where it was cut, and no JSON where it wrote none."""
     id: str = field(default_factory=lambda: f"call_{uuid.uuid4().hex[:24]}")
 
 
@@ -160,78 +160,8 @@ def read_calls(fields: Fields, name: str = "tool_calls") -> list[Call]:
 
 
 def arguments_of(fields: Fields) -> str:
-    """The arguments of a call, as they were said. Raises BadInput for what is no JSON object."""
+    """The arguments of a call, as they were said. Raises BadInput for what was never one's."""
     text = fields.text("arguments", "{}") or "{}"
-    try:
-        if isinstance(json.loads(text), dict):
-            return text
-    except (ValueError, RecursionError):
-        pass
-    raise BadInput(f"{fields.where}arguments must be a JSON object in a text; send back what was received")
-
-
-class CallReader:
-    """Finds calls in what a model says, piece by piece: text comes out as soon as it cannot be part of a call."""
-
-    def __init__(self, toolbox: Toolbox):
-        self.toolbox, self.left = toolbox, ""
-        self.begun = False
-        """Whether a call has been found (Hermes), or text that rules calls out (Llama)."""
-
-    def feed(self, text: str) -> list[str | Call]:
-        """What the text, after all that came before, makes certain."""
-        self.left += text
-        return self.hermes() if self.toolbox.style == "hermes" else self.llama()
-
-    def close(self) -> list[str | Call]:
-        """The rest, when the answer is over."""
-        rest, self.left = self.left, ""
-        if self.toolbox.style == "llama" and not self.begun and rest:
-            return self.calls_in(rest) or [rest]
-        return [rest] if rest and not (self.begun and rest.isspace()) else []
-
-    def hermes(self) -> list[str | Call]:
-        found: list[str | Call] = []
-        while True:
-            before, tag, rest = self.left.partition(OPEN)
-            if not tag:
-                held = next((n for n in range(len(OPEN) - 1, 0, -1) if self.left.endswith(OPEN[:n])), 0)
-                sure = self.left[: len(self.left) - held]
-                # Blank space before a call belongs to its layout: it waits for what follows.
-                sure = sure.rstrip()
-                self.left = self.left[len(sure) :]
-                return found + ([sure] if sure else [])
-            body, tag, after = rest.partition(CLOSE)
-            if not tag:
-                said = before.rstrip()
-                self.left = self.left[len(said) :]
-                return found + ([said] if said else [])
-            calls = self.calls_in(body)
-            kept = before.rstrip() if calls else before + OPEN + body + CLOSE
-            found += [*([kept] if kept else []), *calls]
-            self.begun |= bool(calls)
-            self.left = after
-
-    def llama(self) -> list[str | Call]:
-        if not self.begun and (not self.left.strip() or self.left.lstrip().startswith("{")):
-            return []  # it may be one call or several until it is over
-        self.begun = True
-        said, self.left = self.left, ""
-        return [said] if said else []
-
-    def calls_in(self, text: str) -> list[str | Call]:
-        """The calls that a text is, separated by semicolons or spaces; none if it is anything else."""
-        decoder, calls, at = json.JSONDecoder(), [], 0
-        text = text.strip()
-        try:
-            while at < len(text):
-                body, at = decoder.raw_decode(text, at)
-                arguments = body.get("arguments", body.get("parameters", {}))
-                if body.get("name") not in self.toolbox.names or not isinstance(arguments, dict):
-                    return []
-                calls.append(Call(body["name"], json.dumps(arguments, ensure_ascii=False)))
-                while at < len(text) and text[at] in "; \n\t,":
-                    at += 1
-        except (ValueError, AttributeError, RecursionError):
-            return []
-        return calls
+    if not text.lstrip().startswith("{"):  # how it goes on is the model's affair, who may have been cut short
+        raise BadInput(f"{fields.where}arguments must be a JSON object in a text; send back what was received")
+    return text

@@ -22,7 +22,8 @@ from fastapi.responses import JSONResponse
 from litchi.config import BadInput
 from litchi.schema.request import Delta
 from litchi.serve.answers import Choice
-from litchi.serve.calls import Call, CallReader, Style
+from litchi.serve.callreader import Argued, Begun, CallReader, Ended, Piece
+from litchi.serve.calls import Call, Style
 from litchi.serve.exchange import Desk, Stopped
 from litchi.serve.fields import Fields
 from litchi.serve.limits import Limits
@@ -214,9 +215,11 @@ class Writer:
         self.reader = CallReader(turn.ask.tools) if turn.ask.tools.names else None
         self.said, self.count = "", 0
         self.calls: list[Call] = []
+        self.places: list[str] = []
+        """The items of the output by their ids, in the order in which they began."""
 
     def whole(self, choice: Choice) -> dict[str, Any]:
-        self.hear(Delta(text=choice.text, finish="stop"))
+        self.piece(0, Delta(text=choice.text, finish="stop"))
         return self.end(choice)
 
     def opening(self, index: int) -> str:
@@ -224,22 +227,15 @@ class Writer:
         return self.event("response.created", response=begun) + self.event("response.in_progress", response=begun)
 
     def piece(self, index: int, delta: Delta) -> str:
-        first, (text, calls) = not self.said, self.hear(delta)
-        told = ""
-        if text:
-            if first:
-                told += self.event("response.output_item.added", output_index=0, item=self.item("in_progress", ""))
-                told += self.event("response.content_part.added", **self.at(), part=content(""))
-            told += self.event("response.output_text.delta", **self.at(), delta=text, logprobs=[])
-        return told + "".join(self.called(call) for call in calls)
+        return "".join(map(self.told, self.hear(delta)))
 
     def closing(self, index: int, choice: Choice) -> str:
-        told = ""
+        told = self.call_done(self.calls[-1], "incomplete") if self.cut else ""
         if self.said:
             told += self.event("response.output_text.done", **self.at(), text=self.said, logprobs=[])
             told += self.event("response.content_part.done", **self.at(), part=content(self.said))
             item = self.item("completed", self.said)
-            told += self.event("response.output_item.done", output_index=0, item=item)
+            told += self.event("response.output_item.done", output_index=self.place(self.message), item=item)
         body = self.end(choice)
         kind = "response.completed" if body["status"] == "completed" else "response.incomplete"
         return told + self.event(kind, response=body)
@@ -247,31 +243,53 @@ class Writer:
     def ending(self, choices: Sequence[Choice]) -> str:
         return ""
 
-    def hear(self, delta: Delta) -> tuple[str, list[Call]]:
-        """The text and the calls that a piece makes certain."""
-        found: list[str | Call] = [delta.text]
-        if self.reader is not None:
-            found = [*self.reader.feed(delta.text), *(self.reader.close() if delta.finish else [])]
-        text = "".join(each for each in found if isinstance(each, str))
-        calls = [each for each in found if isinstance(each, Call)]
-        self.said += text
-        self.calls += calls
-        return text, calls
+    def hear(self, delta: Delta) -> list[Piece]:
+        """What a piece makes certain."""
+        if self.reader is None:
+            return [delta.text] if delta.text else []
+        return [*self.reader.feed(delta.text), *(self.reader.close() if delta.finish else [])]
 
-    def called(self, call: Call) -> str:
-        place = self.calls.index(call) + bool(self.said)
-        where = {"output_index": place, "item_id": f"fc_{call.id}"}
-        begun = call_item(call) | {"status": "in_progress", "arguments": ""}
-        told = self.event("response.output_item.added", output_index=place, item=begun)
-        told += self.event("response.function_call_arguments.delta", **where, delta=call.arguments)
+    def told(self, piece: Piece) -> str:
+        match piece:
+            case str():
+                told = "" if self.said else self.begin(self.message, self.item("in_progress", ""))
+                told += "" if self.said else self.event("response.content_part.added", **self.at(), part=content(""))
+                self.said += piece
+                return told + self.event("response.output_text.delta", **self.at(), delta=piece, logprobs=[])
+            case Begun(call):
+                self.calls.append(call)
+                return self.begin(f"fc_{call.id}", call_item(call, "in_progress"))
+            case Argued(text):
+                call = self.calls[-1] = replace(self.calls[-1], arguments=self.calls[-1].arguments + text)
+                return self.event("response.function_call_arguments.delta", **self.at_call(call), delta=text)
+            case Ended():
+                return self.call_done(self.calls[-1], "completed")
+
+    def begin(self, name: str, item: dict[str, Any]) -> str:
+        self.places.append(name)
+        return self.event("response.output_item.added", output_index=self.place(name), item=item)
+
+    def place(self, name: str) -> int:
+        return self.places.index(name)
+
+    @property
+    def cut(self) -> bool:
+        """Whether the answer ended within its last call."""
+        return self.reader is not None and self.reader.cut
+
+    def call_done(self, call: Call, status: str) -> str:
         done = {"name": call.name, "arguments": call.arguments}
-        told += self.event("response.function_call_arguments.done", **where, **done)
-        return told + self.event("response.output_item.done", output_index=place, item=call_item(call))
+        told = self.event("response.function_call_arguments.done", **self.at_call(call), **done)
+        place = self.place(f"fc_{call.id}")
+        return told + self.event("response.output_item.done", output_index=place, item=call_item(call, status))
 
     def end(self, choice: Choice) -> dict[str, Any]:
         """The finished response, which is kept."""
-        output = [self.item("completed", self.said)] if self.said or not self.calls else []
-        output += [call_item(call) for call in self.calls]
+        items = {f"fc_{call.id}": call_item(call, "completed") for call in self.calls}
+        if self.cut:
+            items[self.places[-1]]["status"] = "incomplete"
+        items[self.message] = self.item("completed", self.said)
+        output = [items[name] for name in self.places or [self.message]]
         read, made = choice.prompt_tokens or 0, len(choice.tokens)
         usage = {"input_tokens": read, "output_tokens": made, "total_tokens": read + made}
         usage |= {"input_tokens_details": {"cached_tokens": 0}, "output_tokens_details": {"reasoning_tokens": 0}}
@@ -294,7 +312,10 @@ class Writer:
         return {"id": self.message, "type": "message", "role": "assistant", "status": status, "content": parts}
 
     def at(self) -> dict[str, Any]:
-        return {"item_id": self.message, "output_index": 0, "content_index": 0}
+        return {"item_id": self.message, "output_index": self.place(self.message), "content_index": 0}
+
+    def at_call(self, call: Call) -> dict[str, Any]:
+        return {"item_id": f"fc_{call.id}", "output_index": self.place(f"fc_{call.id}")}
 
     def event(self, kind: str, **more: Any) -> str:
         body = {"type": kind, "sequence_number": self.count} | more
@@ -306,6 +327,6 @@ def content(text: str) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
-def call_item(call: Call) -> dict[str, Any]:
-    head = {"id": f"fc_{call.id}", "type": "function_call", "status": "completed", "call_id": call.id}
+def call_item(call: Call, status: str) -> dict[str, Any]:
+    head = {"id": f"fc_{call.id}", "type": "function_call", "status": status, "call_id": call.id}
     return head | {"name": call.name, "arguments": call.arguments}
