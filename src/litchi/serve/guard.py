@@ -42,7 +42,7 @@ class Guard:
 
     def _refusal(self, headers: Headers, path: str) -> Refusal | None:
         host = headers.get("host", "")
-        if self.hosts and _name(host) not in self.hosts:
+        if self.hosts and name_of(host) not in self.hosts:
             return Refusal(403, f"this server does not answer to the host {host[:80]!r}; set allowed_hosts", "bad_host")
         if "content-length" in headers and "transfer-encoding" in headers:
             # A proxy that believes the other of the two sees other requests in the same bytes.
@@ -92,7 +92,7 @@ def _place(origin: str) -> str | None:
         return None
 
 
-def _name(host: str) -> str:
+def name_of(host: str) -> str:
     """The name of a Host header without its port; [::1]:80 -> ::1."""
     try:
         return urlsplit(f"//{host}").hostname or ""

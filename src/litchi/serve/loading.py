@@ -8,7 +8,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from litchi.config import BadInput
 from litchi.model.weights import load
 from litchi.serve.draft import SAME
 from litchi.serve.engine import Engine
@@ -16,6 +15,7 @@ from litchi.serve.fleet import Fleet
 from litchi.serve.models import load_adapters
 from litchi.serve.placing import placing
 from litchi.serve.ranks import dtype_of, muster
+from litchi.serve.settings import check
 from litchi.serve.tensor import TensorRunner
 
 if TYPE_CHECKING:
@@ -41,10 +41,7 @@ def load_engine(folder: Path, config: ServeConfig, place: int = 0) -> Engine:
 
 def load_answerer(folder: Path, config: ServeConfig) -> Engine | Fleet:
     """An engine, or with `serve.workers` as many processes that have one each, started and ready. Raises BadInput."""
-    if config.workers < 0 or config.tensor < 1:
-        raise BadInput(
-            f"serve.workers={config.workers} and serve.tensor={config.tensor}: give 0 or more, and 1 or more"
-        )
+    check(config)
     if not config.workers and config.tensor == 1:
         return load_engine(folder, config)
     return Fleet(folder, replace(config, workers=max(config.workers, 1))).start()

@@ -27,6 +27,7 @@ from litchi.serve.guard import LOOPBACK
 from litchi.serve.limits import Limits
 from litchi.serve.scheduler import EngineConfig
 from litchi.serve.sessions import MakeRoom
+from litchi.serve.settings import check
 from litchi.serve.solo import Solo
 from litchi.serve.worker import Worker
 
@@ -138,11 +139,11 @@ def background(config: ServeConfig, sampler: Sampler | Fleet, make_room: MakeRoo
     If the port of the config is taken, any free one is had instead.
     """
     uvicorn = need("serve", "uvicorn")
+    server = uvicorn.Server(uvicorn_config(config, sampler, make_room))
     try:
         listener = bind(config.host, config.port)
     except BadInput:
         listener = bind(config.host, 0)
-    server = uvicorn.Server(uvicorn_config(config, sampler, make_room))
     listener.listen()  # so that a request made before the server is up waits, and is not refused
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
@@ -173,6 +174,7 @@ def uvicorn_config(config: ServeConfig, sampler: Sampler | Fleet, make_room: Mak
     from litchi.serve.http import create_app  # after need, which names the missing extra
     from litchi.serve.patience import patient
 
+    check(config)
     answerer = sampler if isinstance(sampler, Engine | Fleet) else Solo(sampler)
     app = create_app(config, Worker(answerer, config.max_queue), make_room)
     # A message of a world session is held whole in memory, as a body is: the same limit.

@@ -54,8 +54,6 @@ class Swaps:
         desk, config = self.desk, self.desk.config
         if not config.checkpoints:
             raise Missing("this server swaps no weights: start it with serve.checkpoints and serve.api_key")
-        if not config.api_key:
-            raise BadInput("weights are swapped behind a key only: start the server with serve.api_key")
         body = await read_body(request.stream(), request.headers.get("content-length"), desk.limits)
         fields = Fields(read_json(body))
         fields.known(("checkpoint",))
