@@ -24,6 +24,7 @@ from litchi.schema.request import Completion, Delta
 from litchi.schema.request import Request as Question
 from litchi.serve import answers
 from litchi.serve.answers import Choice
+from litchi.serve.darkroom import Darkroom
 from litchi.serve.fetch import Fetcher
 from litchi.serve.limits import TooLarge, read_body, read_json
 from litchi.serve.metrics import Metrics
@@ -90,7 +91,9 @@ class Desk:
 
     def __init__(self, config: ServeConfig, worker: Worker, metrics: Metrics):
         self.config, self.worker, self.metrics = config, worker, metrics
-        self.limits, self.receipts = config.limits, Receipts(config.receipts)
+        self.darkroom = Darkroom(config.max_pixels)
+        self.limits = replace(config.limits, darkroom=self.darkroom)
+        self.receipts = Receipts(config.receipts)
         listed = config.fetch_hosts or config.fetch_inner_hosts
         self.fetcher = Fetcher(config.fetch_hosts, config.fetch_inner_hosts) if listed else None
         self.models = Models.of(config.model, config.adapters)

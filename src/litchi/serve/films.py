@@ -22,6 +22,7 @@ from jaxtyping import UInt8
 
 from litchi.config import BadInput
 from litchi.schema.sample import Image, Part, Role, Video
+from litchi.serve.darkroom import KEPT
 from litchi.serve.limits import Limits, read_url
 from litchi.serve.unroll import Wanted
 from litchi.serve.worker import Busy
@@ -33,8 +34,6 @@ SECONDS = 15.0
 MAX_AT_ONCE, WAIT = 2, 5
 PLACES = threading.BoundedSemaphore(MAX_AT_ONCE)
 COMMAND = ["-m", "litchi.serve.unroll"]
-KEPT = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "SYSTEMROOT")
-"""What a child needs of our environment; keys and passwords may stand in the rest."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,12 +55,14 @@ def create_app(config: ServeConfig, worker: Worker, make_room: MakeRoom) -> Fast
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         worker.start()
         yield
+        door.desk.darkroom.close()
         await to_thread.run_sync(worker.close)
 
     # Swagger's page would load scripts from a CDN; the schema itself stays at /openapi.json.
     app = FastAPI(title="Litchi", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.openapi = partial(openapi, config)
     door = Door(config, worker, make_room)
+    app.state.darkroom = door.desk.darkroom
     app.include_router(door.router())
     app.include_router(Texts(door.desk).router())
     app.include_router(Tokens(door.desk).router())
@@ -80,10 +82,11 @@ class Door:
 
     def __init__(self, config: ServeConfig, worker: Worker, make_room: MakeRoom):
         self.config, self.worker, self.make_room = config, worker, make_room
-        self.limits, self.metrics = config.limits, Metrics()
+        self.metrics = Metrics()
         self.desk = Desk(config, worker, self.metrics)
+        self.limits = self.desk.limits
         self.words = Words.of(worker.sampler)
-        self.worlds = Worlds(config, worker, make_room)
+        self.worlds = Worlds(config, self.limits, worker, make_room)
 
     def router(self) -> APIRouter:
         router = APIRouter()

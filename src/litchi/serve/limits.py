@@ -15,28 +15,17 @@ from typing import Any, TypeVar
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image as Pillow
-from PIL import ImageOps
 
 from litchi.config import BadInput
+from litchi.serve.darkroom import Darkroom, TooLarge, decode
 from litchi.serve.fetch import Visit, is_address
 
 T = TypeVar("T")
 
-FORMATS = ("PNG", "JPEG", "GIF", "WEBP")
 DATA_URL = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?P<params>(?:;[\w=.+-]+)*?)(?P<base64>;base64)?,", re.ASCII)
 
 MAX_VALUES = 1 << 20
 """Of one body: objects, lists, and what commas part, those within texts included."""
-MAX_SCANS = 100
-"""Passes that a JPEG may take over its pixels; encoders write about ten, a hostile file a hundred thousand."""
-
-
-MAX_SIDE = 65_535
-"""Of a picture, as JPEG has it: libwebp takes 20 s for a canvas of sixteen million pixels in one line."""
-
-
-class TooLarge(BadInput):
-    """Bad input by its size alone: HTTP 413."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +49,8 @@ class Limits:
     """Frames of one film."""
     visit: Visit | None = None
     """What fetches the pictures of this request; None where no address is followed."""
+    darkroom: Darkroom | None = None
+    """Where pictures are decoded; None where whoever sends them may have them decoded in this process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +112,11 @@ def read_url(url: str, limits: Limits, where: str, decode: Callable[[bytes], T])
 
 
 def _picture(raw: bytes, limits: Limits, where: str) -> Picture:
-    pixels, size = _decode(raw, limits, where)
+    develop = decode if limits.darkroom is None else limits.darkroom.decode
+    try:
+        pixels, size = develop(raw, limits.side, limits.max_pixels)
+    except BadInput as error:
+        raise type(error)(f"{where} {error}") from None
     if not limits.side or size == (limits.side, limits.side):
         return Picture(pixels)
     note = f"{where} was resized from {size[0]}x{size[1]} to {limits.side}x{limits.side} (nearest neighbour)"
@@ -150,29 +145,3 @@ def _bytes_of(url: str, limits: Limits, where: str) -> bytes:
         return base64.b64decode(url[head.end() :], validate=True)
     except (binascii.Error, ValueError):
         raise BadInput(f"{where} is not valid base64 after the comma") from None
-
-
-def _decode(raw: bytes, limits: Limits, where: str) -> tuple[UInt8[np.ndarray, "h w 3"], tuple[int, int]]:
-    # Pillow reads only the header in `open`; pixels are decoded after the size was accepted.
-    kinds = ", ".join(FORMATS)
-    if raw[:2] == b"\xff\xd8" and raw.count(b"\xff\xda") > MAX_SCANS:
-        raise TooLarge(f"{where} is a JPEG of more than {MAX_SCANS} scans; save it again, or as PNG")
-    try:
-        with Pillow.open(io.BytesIO(raw), formats=FORMATS) as picture:
-            width, height = picture.size
-            if width * height > limits.max_pixels or max(width, height) > MAX_SIDE:
-                most = f"at most {limits.max_pixels} are read, {MAX_SIDE} in a line: send a smaller one"
-                raise TooLarge(f"{where} has {width}x{height} pixels; {most}")
-            upright = ImageOps.exif_transpose(picture)
-            size = upright.size
-            wanted = (limits.side, limits.side) if limits.side else size
-            flat = (upright if size == wanted else upright.resize(wanted, Pillow.Resampling.NEAREST)).convert("RGBA")
-            paper = Pillow.new("RGBA", wanted, "white")
-            return np.asarray(Pillow.alpha_composite(paper, flat).convert("RGB")), size
-    except BadInput:
-        raise
-    except (Pillow.DecompressionBombError, Pillow.DecompressionBombWarning):
-        raise TooLarge(f"{where} has far too many pixels; at most {limits.max_pixels} are read") from None
-    except Exception as error:
-        # Pillow's decoders raise whatever their parsers meet in a broken file: OSError, SyntaxError, struct.error, ...
-        raise BadInput(f"{where} is not a picture that can be read ({type(error).__name__}); send {kinds}") from None

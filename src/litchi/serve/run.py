@@ -128,6 +128,7 @@ def run(config: ServeConfig, sampler: Sampler | Fleet, make_room: MakeRoom) -> N
     listener = bind(config.host, config.port)
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
+    server.config.app.state.darkroom.warm()
     print(f"Litchi serves {config.model!r}. Page: http://{shown}:{port}/  API: http://{shown}:{port}/v1", flush=True)
     server.run(sockets=[listener])
 

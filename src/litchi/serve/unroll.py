@@ -22,13 +22,12 @@ from PIL import Image as Pillow
 
 from litchi.config import BadInput
 from litchi.record import need
+from litchi.serve.darkroom import MAX_SIDE
 
 CPU_SECONDS, BYTES, WRITTEN = 8, 2 << 30, 1 << 28
 MAX_FRAMES = 1024
 MAX_PIXELS = 128 << 20
 """Of all frames of a film together, those that nobody is shown included: each is decoded."""
-MAX_SIDE = 65_535
-"""As `limits.MAX_SIDE`, which stands on floors too heavy for a child."""
 MAX_SECONDS = 3600.0
 USUAL = 0.1
 """Seconds that a frame stands which says 0, as browsers have it."""

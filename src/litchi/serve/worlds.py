@@ -19,7 +19,7 @@ from litchi.config import BadInput
 from litchi.serve.answers import fresh
 from litchi.serve.fields import Fields
 from litchi.serve.guard import SUBPROTOCOL
-from litchi.serve.limits import decode_picture, read_json
+from litchi.serve.limits import Limits, decode_picture, read_json
 from litchi.serve.params import MAX_SEED
 from litchi.serve.sessions import ACTIONS, MakeRoom, World
 from litchi.serve.worker import Busy, Worker
@@ -35,8 +35,8 @@ FULL = "too many world sessions; try again later"
 class Worlds:
     """The sessions that are open, and the forks that nobody has taken up yet."""
 
-    def __init__(self, config: ServeConfig, worker: Worker, make_room: MakeRoom):
-        self.config, self.worker, self.make_room = config, worker, make_room
+    def __init__(self, config: ServeConfig, limits: Limits, worker: Worker, make_room: MakeRoom):
+        self.config, self.limits, self.worker, self.make_room = config, limits, worker, make_room
         self.open = 0
         self.forks: dict[str, World] = {}
 
@@ -125,8 +125,7 @@ class Worlds:
     async def _start(self, fields: Fields) -> World:
         context, steps = self.config.context_frames, self.config.max_world_steps
         if fields.get("image") is not None:
-            limits = self.config.limits
-            picture = await to_thread.run_sync(decode_picture, fields.text("image"), limits, "image")
+            picture = await to_thread.run_sync(decode_picture, fields.text("image"), self.limits, "image")
             return World.in_picture(self.worker, context, steps, picture.pixels)
         name, seed = room_of(self.config, fields.text("env", "")), fields.integer("seed", 0, 0, MAX_SEED)
         return await World.in_room(self.worker, context, steps, self.make_room, name, seed)
