@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -232,7 +232,7 @@ def served_folder(served_by) -> Callable[[Path], AbstractContextManager]:
             patch.setattr("litchi.serve.run.run", lambda config, sampler, room: found.extend((config, sampler, room)))
             assert main(["serve", str(folder), *(word for each in settings for word in ("--set", each))]) == 0
         config, sampler, room = found
-        kept = {name: value for name, value in asdict(config).items() if name != "port"}
+        kept = {each.name: getattr(config, each.name) for each in fields(config) if each.name != "port"}
         return served_by(sampler, room, **kept)
 
     return serve

@@ -167,7 +167,7 @@ class Child:
         command = [sys.executable, *COMMAND, str(most_bytes), str(CPU_SECONDS)]
         with theirs:
             self.process = subprocess.Popen(
-                command, stdin=theirs, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env
+                command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env
             )
 
     def decode(self, raw: bytes, side: int, max_pixels: int, until: float) -> tuple[Pixels, tuple[int, int]]:
@@ -233,7 +233,7 @@ def main() -> None:
         try:
             pixels, (width, height) = decode(raw, side, max_pixels)
             line.sendall(TOLD.pack(PIXELS, *pixels.shape[:2], height, width))
-            line.sendall(np.ascontiguousarray(pixels))
+            line.sendall(np.ascontiguousarray(pixels).data)
         except BadInput as error:
             fault = str(error).encode()[:MAX_FAULT]
             line.sendall(TOLD.pack(LARGE if isinstance(error, TooLarge) else FAULT, len(fault), 0, 0, 0) + fault)

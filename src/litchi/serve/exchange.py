@@ -89,9 +89,9 @@ class Scribe(Protocol):
 class Desk:
     """Where every endpoint takes a body, has it answered and sends the answer back."""
 
-    def __init__(self, config: ServeConfig, worker: Worker, metrics: Metrics):
+    def __init__(self, config: ServeConfig, worker: Worker, metrics: Metrics, darkroom: Darkroom | None = None):
         self.config, self.worker, self.metrics = config, worker, metrics
-        self.darkroom = Darkroom(config.max_pixels)
+        self.darkroom = darkroom or Darkroom(config.max_pixels)
         self.limits = replace(config.limits, darkroom=self.darkroom)
         self.receipts = Receipts(config.receipts)
         listed = config.fetch_hosts or config.fetch_inner_hosts

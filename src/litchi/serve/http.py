@@ -17,6 +17,7 @@ from fastapi.responses import FileResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
 
 from litchi.serve import answers, wire
+from litchi.serve.darkroom import Darkroom
 from litchi.serve.exchange import HANDLERS, Desk, Stopped
 from litchi.serve.guard import Guard
 from litchi.serve.limits import encode_png
@@ -48,8 +49,8 @@ PAGE_HEADERS = {
 }
 
 
-def create_app(config: ServeConfig, worker: Worker, make_room: MakeRoom) -> FastAPI:
-    """The application; it starts the worker when it starts and stops it when it ends."""
+def create_app(config: ServeConfig, worker: Worker, make_room: MakeRoom, darkroom: Darkroom | None = None) -> FastAPI:
+    """The application; it starts the worker when it starts, and stops it and the `darkroom` when it ends."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -61,8 +62,7 @@ def create_app(config: ServeConfig, worker: Worker, make_room: MakeRoom) -> Fast
     # Swagger's page would load scripts from a CDN; the schema itself stays at /openapi.json.
     app = FastAPI(title="Litchi", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.openapi = partial(openapi, config)
-    door = Door(config, worker, make_room)
-    app.state.darkroom = door.desk.darkroom
+    door = Door(config, worker, make_room, darkroom)
     app.include_router(door.router())
     app.include_router(Texts(door.desk).router())
     app.include_router(Tokens(door.desk).router())
@@ -80,10 +80,10 @@ def create_app(config: ServeConfig, worker: Worker, make_room: MakeRoom) -> Fast
 class Door:
     """The endpoints and what they share."""
 
-    def __init__(self, config: ServeConfig, worker: Worker, make_room: MakeRoom):
+    def __init__(self, config: ServeConfig, worker: Worker, make_room: MakeRoom, darkroom: Darkroom | None = None):
         self.config, self.worker, self.make_room = config, worker, make_room
         self.metrics = Metrics()
-        self.desk = Desk(config, worker, self.metrics)
+        self.desk = Desk(config, worker, self.metrics, darkroom)
         self.limits = self.desk.limits
         self.words = Words.of(worker.sampler)
         self.worlds = Worlds(config, self.limits, worker, make_room)

@@ -5,8 +5,8 @@ A request comes through `http` (the OpenAI endpoints, the world sessions, the pa
 `scheduler` chooses who reads, `guess` what is read ahead, its `runner` computes), and leaves as `answers` writes it.
 With workers the engines are processes (`member`), each at the end of a `pipe`, under the supervisor in `fleet`; several
 ranks of one worker share the network (`ranks`, `tensor`). Any other `Sampler` answers one at a time behind `solo`.
-`fetch` and `films` bring pictures in, `swaps` other weights. Which model and which simulator stand behind the door is
-the caller's choice.
+`fetch` and `films` bring pictures in, `darkroom` decodes them, `swaps` brings other weights. Which model and which
+simulator stand behind the door is the caller's choice.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from litchi.config import BadInput
 from litchi.record import need
 from litchi.schema.protocol import Sampler
+from litchi.serve.darkroom import Darkroom
 from litchi.serve.engine import Engine
 from litchi.serve.fleet import Fleet
 from litchi.serve.guard import LOOPBACK
@@ -124,11 +125,12 @@ def run(config: ServeConfig, sampler: Sampler | Fleet, make_room: MakeRoom) -> N
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if config.host not in LOOPBACK and not config.api_key:
         logging.getLogger("litchi.serve").warning("open to the network without api_key: whoever reaches it may use it")
-    server = uvicorn.Server(uvicorn_config(config, sampler, make_room))
+    darkroom = Darkroom(config.max_pixels)
+    darkroom.warm()  # beside the application, which takes longer to load
+    server = uvicorn.Server(uvicorn_config(config, sampler, make_room, darkroom))
     listener = bind(config.host, config.port)
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    server.config.app.state.darkroom.warm()
     print(f"Litchi serves {config.model!r}. Page: http://{shown}:{port}/  API: http://{shown}:{port}/v1", flush=True)
     server.run(sockets=[listener])
 
@@ -169,7 +171,9 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def uvicorn_config(config: ServeConfig, sampler: Sampler | Fleet, make_room: MakeRoom):  # noqa: ANN201 (an extra's type)
+def uvicorn_config(  # noqa: ANN201 (an extra's type)
+    config: ServeConfig, sampler: Sampler | Fleet, make_room: MakeRoom, darkroom: Darkroom | None = None
+):
     uvicorn = need("serve", "uvicorn")
     need("serve", "fastapi")
     from litchi.serve.http import create_app  # after need, which names the missing extra
@@ -177,7 +181,7 @@ def uvicorn_config(config: ServeConfig, sampler: Sampler | Fleet, make_room: Mak
 
     check(config)
     answerer = sampler if isinstance(sampler, Engine | Fleet) else Solo(sampler)
-    app = create_app(config, Worker(answerer, config.max_queue), make_room)
+    app = create_app(config, Worker(answerer, config.max_queue), make_room, darkroom)
     # A message of a world session is held whole in memory, as a body is: the same limit.
     return uvicorn.Config(
         app,
