@@ -221,3 +221,14 @@ def test_a_decoder_knows_no_keys(monkeypatch) -> None:
     with pytest.raises(films.BadInput) as error:
         films.unrolled(b"", films.Wanted(side=8, most=1, max_pixels=64, even=True), "url")
     assert "PATH" in str(error.value) and "swordfish" not in str(error.value) and "LITCHI" not in str(error.value)
+
+
+def test_a_decoder_of_films_that_was_taken_over_opens_no_file_and_no_socket(monkeypatch) -> None:
+    """Of those that Pillow reads."""
+    for attempt in ("open('/etc/passwd')", "__import__('socket').socket()", "__import__('os').pipe()"):
+        code = f"def taken(*a):\n try: told = {attempt}\n except OSError as e: told = e.strerror\n"
+        code += " raise unroll.BadInput(str(told))\n"
+        start = f"from litchi.serve import unroll\n{code}unroll.unroll = taken\nunroll.main()"
+        monkeypatch.setattr(films, "COMMAND", ["-c", start])
+        with pytest.raises(films.BadInput, match="Too many open files"):
+            films.unrolled(animated("GIF"), films.Wanted(side=8, most=1, max_pixels=64, even=True), "url")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Iterator
+from typing import Literal
 
 import pytest
 from hypothesis import given, settings
@@ -19,6 +20,7 @@ from tests.serve.test_tools import SAID, WEATHER, ask
 from tests.serve.test_tools import served as with_tools  # noqa: F401 (fixture: a model whose template shows tools)
 
 openai = pytest.importorskip("openai")
+pydantic = pytest.importorskip("pydantic")
 
 STYLES = ("hermes", "llama")
 TOOLS = [{"type": "function", "function": {"name": name}} for name in ("f", "g")]
@@ -27,6 +29,7 @@ FRAGMENTS = (
     '{"name": "g", "parameters": ', '{"name": "f"}', '{"name": "h", "arguments": {}}',
     '{"arguments": {"x": 1}, "name": "g"}', '{"x": "ä🍈"}', '{"x": [1, {}]}', '{"x": "}</tool_call>"}',
     '{"x": "\\"}\\u00e9"}', '{"x": oops}', '{"x": "cut\n', '}', '; ', ', "more": [2]}', '{}', ' ', '\n',
+    '<tool_call>{"name": "f", "arguments": {"x": 1', '<tool_call>\n{"name": "g", "arguments": {"x": [true, ',
     'Well', '🍈', '<', '{', '"', '\\', '3',
 )  # fmt: skip
 spoken = st.lists(st.sampled_from(FRAGMENTS), max_size=12).map("".join)
@@ -117,6 +120,7 @@ WRITTEN = {
     "more in it": (BEGUN + '{}, "id": {"a": "}"}}' + END + " B", " B", [("f", "{}")], "tool_calls"),
     "malformed": (BEGUN + '{"x": [1, oops}\n' + END + "B", "B", [("f", '{"x": [1, oops}\n')], "tool_calls"),
     "an endless string": (BEGUN + '{"x": "a\n' + END + "B", "B", [("f", '{"x": "a\n')], "tool_calls"),
+    "an object after it": (BEGUN + '{}}; {"a": 1}' + END, '; {"a": 1}' + END, [("f", "{}")], "tool_calls"),
     "cut": (BEGUN + '{"x": "ä🍈', None, [("f", '{"x": "ä🍈')], "stop"),
     "half a tag": (BEGUN + '{"x": 1 </tool', None, [("f", '{"x": 1 </tool')], "stop"),
     "half a pair": (HALF_A_PAIR, None, [("f", '{"x": "\\ud83c"}')], "tool_calls"),
@@ -257,6 +261,23 @@ def test_forced_calls_stream_as_they_are_whole_also_where_they_are_cut(forced, m
         assert len(rows) > 5 and json.loads(whole[1][0][1])
     if "stop" in more:
         assert whole[2] == "stop"
+
+
+class Weather(pydantic.BaseModel):
+    place: Literal["here", "there"]
+    days: Literal[1, 2, 3]
+
+
+def test_openais_client_parses_the_arguments_of_a_stream_as_they_grow(forced) -> None:
+    tool = openai.pydantic_function_tool(Weather)
+    choice = {"type": "function", "function": {"name": "Weather"}}
+    asked = {"model": "llama", "messages": SAID, "tools": [tool], "tool_choice": choice, "max_tokens": 200}
+    with forced.chat.completions.stream(**asked, seed=3, temperature=1.0) as stream:
+        events = [event for event in stream if event.type.startswith("tool_calls.")]
+        [call, *_] = stream.get_final_completion().choices[0].message.tool_calls
+    grown = [event for event in events if event.type == "tool_calls.function.arguments.delta" and event.index == 0]
+    assert "".join(event.arguments_delta for event in grown) == call.function.arguments and len(grown) > 5
+    assert isinstance(call.function.parsed_arguments, Weather)
 
 
 def test_a_call_that_was_cut_may_be_sent_back(forced) -> None:

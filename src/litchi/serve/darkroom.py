@@ -7,6 +7,7 @@ sizes that were not asked for nor more bytes than fit. No torch here, so that a 
 from __future__ import annotations
 
 import io
+import logging
 import os
 import socket
 import struct
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from jaxtyping import UInt8
 
     Pixels = UInt8[np.ndarray, "h w 3"]
+
+log = logging.getLogger("litchi.serve")
 
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP")
 MAX_SCANS = 100
@@ -122,6 +125,7 @@ class Darkroom:
                 raise
             except (OSError, ValueError):  # it hangs, it died, or it says what cannot be
                 self.give(child, fresh=True)
+                log.warning("a picture of %d bytes took too much to decode, and its process with it", len(raw))
                 raise BadInput(TOO_MUCH) from None
         finally:
             self.places.release()
@@ -257,8 +261,8 @@ def shut_in(most_bytes: int) -> None:
     import resource
 
     resource.setrlimit(resource.RLIMIT_AS, (most_bytes, most_bytes))
-    for name in ("RLIMIT_NOFILE", "RLIMIT_NPROC", "RLIMIT_FSIZE", "RLIMIT_CORE"):
-        resource.setrlimit(getattr(resource, name), (0, 0))
+    for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC, resource.RLIMIT_FSIZE, resource.RLIMIT_CORE):
+        resource.setrlimit(kind, (0, 0))
 
 
 def allow(cpu_seconds: int) -> None:

@@ -22,7 +22,7 @@ from PIL import Image as Pillow
 
 from litchi.config import BadInput
 from litchi.record import need
-from litchi.serve.darkroom import MAX_SIDE
+from litchi.serve.darkroom import MAX_SIDE, warm
 
 CPU_SECONDS, BYTES, WRITTEN = 8, 2 << 30, 1 << 28
 MAX_FRAMES = 1024
@@ -105,7 +105,7 @@ def flat(picture: Pillow.Image, size: tuple[int, int]) -> UInt8[np.ndarray, "h w
 
 def walk(raw: bytes, wanted: Wanted) -> Iterator[Frame]:
     """The frames, counted and measured; who reads them is said by the first bytes and by no name. Raises BadInput."""
-    if raw[:4] == b"GIF8" or raw[:8] == b"\x89PNG\r\n\x1a\n" or (raw[:4] == b"RIFF" and raw[8:12] == b"WEBP"):
+    if is_drawn(raw):
         frames = drawn(raw, wanted.max_pixels)
     elif raw[4:8] == b"ftyp" or raw[:4] == b"\x1aE\xdf\xa3":
         frames = filmed(raw, wanted.max_pixels)
@@ -117,6 +117,10 @@ def walk(raw: bytes, wanted: Wanted) -> Iterator[Frame]:
         if index >= MAX_FRAMES or spent > MAX_PIXELS:
             raise BadInput(f"has more than {MAX_FRAMES} frames or {MAX_PIXELS} pixels in all; send a part of it")
         yield frame
+
+
+def is_drawn(raw: bytes) -> bool:
+    return raw[:4] == b"GIF8" or raw[:8] == b"\x89PNG\r\n\x1a\n" or (raw[:4] == b"RIFF" and raw[8:12] == b"WEBP")
 
 
 def drawn(raw: bytes, max_pixels: int) -> Iterator[Frame]:
@@ -175,8 +179,12 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
     resource.setrlimit(resource.RLIMIT_FSIZE, (WRITTEN, WRITTEN))
     frames = None
+    raw = sys.stdin.buffer.read()
     try:
-        frames, fps, note = unroll(sys.stdin.buffer.read(), Wanted(**json.loads(sys.argv[1])))
+        if is_drawn(raw):  # what reads movies loads its parts one by one
+            warm()
+            resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))  # from here on no file and no socket is opened
+        frames, fps, note = unroll(raw, Wanted(**json.loads(sys.argv[1])))
         told: dict[str, Any] = {"shape": frames.shape, "fps": fps, "note": note}
     except BadInput as error:
         told = {"fault": str(error)}
