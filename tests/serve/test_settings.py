@@ -6,7 +6,7 @@ from dataclasses import fields
 
 import pytest
 
-from litchi.cli import main
+from litchi.cli import load_sampler, main
 from litchi.config import BadInput
 from litchi.serve.run import ServeConfig, uvicorn_config
 from litchi.serve.scheduler import EngineConfig
@@ -49,6 +49,12 @@ def test_what_cannot_work_is_refused_before_weights_are_read(setting: str, monke
 def test_a_door_over_any_other_sampler_refuses_them_too(painter) -> None:
     with pytest.raises(BadInput, match=r"set serve\.api_key"):
         uvicorn_config(ServeConfig(checkpoints=("a",)), painter(), lambda name, seed: None)
+
+
+@pytest.mark.parametrize("side", [0, 63, 72])
+def test_a_side_that_the_models_pictures_cannot_have_is_refused(side: int) -> None:
+    with pytest.raises(BadInput, match=rf"serve\.side={side} .* give a multiple of 16"):
+        uvicorn_config(ServeConfig(side=side), load_sampler("tiny"), lambda name, seed: None)
 
 
 def test_what_works_is_let_in() -> None:

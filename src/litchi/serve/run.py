@@ -28,7 +28,7 @@ from litchi.serve.guard import LOOPBACK
 from litchi.serve.limits import Limits
 from litchi.serve.scheduler import EngineConfig
 from litchi.serve.sessions import MakeRoom
-from litchi.serve.settings import check
+from litchi.serve.settings import check, check_side
 from litchi.serve.solo import Solo
 from litchi.serve.worker import Worker
 
@@ -180,6 +180,7 @@ def uvicorn_config(  # noqa: ANN201 (an extra's type)
     from litchi.serve.patience import patient
 
     check(config)
+    check_side(config, getattr(sampler, "processor", None))
     answerer = sampler if isinstance(sampler, Engine | Fleet) else Solo(sampler)
     app = create_app(config, Worker(answerer, config.max_queue), make_room, darkroom)
     # A message of a world session is held whole in memory, as a body is: the same limit.

@@ -11,6 +11,7 @@ from litchi.serve.guard import name_of
 from litchi.serve.models import folders
 
 if TYPE_CHECKING:
+    from litchi.schema.processor import Processor
     from litchi.serve.run import ServeConfig
 
 ABILITIES = ("see", "draw", "dream", "watch")
@@ -61,6 +62,16 @@ def check(config: ServeConfig) -> None:
         need = f"serve.engine.page={config.engine.page}"
         raise BadInput(f"serve.engine.cache_tokens={config.engine.cache_tokens} holds no page: give {need} or more")
     check_names(config)
+
+
+def check_side(config: ServeConfig, processor: Processor | None) -> None:
+    """Raises BadInput for a side that the pictures of a model that draws cannot have."""
+    if processor is None or not processor.draws:
+        return
+    patches = {codec.patch for codec in (processor.codec, processor.film) if codec is not None}
+    if config.side < 1 or any(config.side % patch for patch in patches):
+        least = math.lcm(*patches)
+        raise BadInput(f"serve.side={config.side} is no side of this model's pictures: give a multiple of {least}")
 
 
 def check_names(config: ServeConfig) -> None:
