@@ -67,6 +67,26 @@ def test_a_conversation_goes_on_from_a_response_without_its_instructions(client)
     assert respond(client, SECOND, previous_response_id=first.id).output_text == second.output_text
 
 
+def test_what_words_were_worth_is_what_the_chat_tells(client) -> None:
+    asked = {"top_logprobs": 2, "include": ["message.output_text.logprobs"]}
+    whole = respond(client, SEEN, **asked)
+    chatted = client.chat.completions.create(
+        model="tiny", messages=[SEEN_IN_CHAT], max_tokens=40, logprobs=True, top_logprobs=2
+    )
+    told = whole.output[0].content[0].logprobs
+    expected = chatted.choices[0].logprobs.content
+    assert [(row.token, row.logprob) for row in told] == [(row.token, row.logprob) for row in expected]
+    assert len(told) > 2 and all(len(row.top_logprobs) == 2 for row in told) and whole.top_logprobs == 2
+    events = list(respond(client, SEEN, stream=True, **asked))
+    rows = [row for e in events if e.type == "response.output_text.delta" for row in e.logprobs]
+    assert [(row.token, row.logprob) for row in rows] == [(row.token, row.logprob) for row in told]
+    assert events[-1].response.output[0].content[0].logprobs == told
+    plain = respond(client, SEEN)
+    assert plain.output[0].content[0].logprobs == [] and plain.output_text == whole.output_text
+    with pytest.raises(openai.BadRequestError, match="include must be a list of some of message.output_text.logprobs"):
+        respond(client, SEEN, include=["file_search_call.results"])
+
+
 def test_a_stream_tells_the_same(client) -> None:
     whole = respond(client, SEEN)
     events = list(respond(client, SEEN, stream=True))

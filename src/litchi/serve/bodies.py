@@ -17,6 +17,7 @@ from litchi.serve.limits import Limits
 from litchi.serve.models import Models
 from litchi.serve.params import MAX_BIAS, MAX_ID, MAX_N, MAX_SEED, MAX_STOP_IDS, MAX_STOP_LENGTH, MAX_STOPS, MAX_TOP
 from litchi.serve.prompts import MAX_PROMPTS
+from litchi.serve.replies import INCLUDED
 from litchi.serve.wire import ECHOED, HARMLESS, STREAM_OPTIONS
 
 Schema = dict[str, Any]
@@ -272,9 +273,9 @@ def response(models: Models, limits: Limits) -> Schema:
         "stream": FLAG,
         "text": maybe(record({"format": guided()["response_format"], "verbosity": ANY})),
         "truncation": choice("disabled"),
-        "include": choice([]),
+        "include": maybe(listed({"enum": list(INCLUDED)}, 0, 8)),
         "background": choice(False),
-        "top_logprobs": choice(0),
+        "top_logprobs": integer(0, MAX_TOP),
     }
     unread = {name: ANY for name in ("stream_options", "reasoning", "max_tool_calls", "prompt_cache_retention")}
     return record(own | unread | sampling(limits) | choosing(limits) | UNREAD | tools(), "input")

@@ -21,14 +21,14 @@ from fastapi.responses import JSONResponse
 
 from litchi.config import BadInput
 from litchi.schema.request import Delta
-from litchi.serve.answers import Choice
+from litchi.serve.answers import Choice, logprobs_of
 from litchi.serve.callreader import Argued, Begun, CallReader, Ended, Piece
 from litchi.serve.calls import Call, Style
 from litchi.serve.exchange import Desk, Stopped
-from litchi.serve.fields import Fields
+from litchi.serve.fields import Fields, show
 from litchi.serve.limits import Limits
 from litchi.serve.models import Models
-from litchi.serve.params import CHOOSING, SAMPLING
+from litchi.serve.params import CHOOSING, MAX_TOP, SAMPLING
 from litchi.serve.tokens import Words
 from litchi.serve.wire import HARMLESS, TOOLS, Ask, Missing, read_chat
 
@@ -39,7 +39,10 @@ OWN = (
     "model", "input", "instructions", "previous_response_id", "max_output_tokens", "stream", "stream_options", "text",
     "truncation", "include", "background", "reasoning", "max_tool_calls", "top_logprobs", "prompt_cache_retention",
 )  # fmt: skip
-NEUTRAL = {"background": (False,), "truncation": ("disabled",), "include": ([],), "top_logprobs": (0,)}
+NEUTRAL = {"background": (False,), "truncation": ("disabled",)}
+LOGPROBS = "message.output_text.logprobs"
+INCLUDED = (LOGPROBS, "reasoning.encrypted_content")
+"""What a response may be asked to hold besides; the last is empty, since nothing is thought apart from what is said."""
 
 
 class UnknownResponse(Missing):
@@ -111,7 +114,8 @@ class Replies:
         writer = Writer(turn, self.desk.models.told(turn.ask.requests), self.store)
         if turn.ask.stream:
             return await self.desk.stream(request, turn.ask.requests, writer)
-        choices = await self.desk.collect(request, turn.ask.requests, writer.receipt)
+        spelled = turn.ask.requests[0].params.logprobs
+        choices = await self.desk.collect(request, turn.ask.requests, writer.receipt, spelled=spelled)
         return Stopped() if choices is None else JSONResponse(writer.whole(choices[0]))
 
     async def kept(self, request: Request, name: str) -> Response:
@@ -141,6 +145,9 @@ def read_turn(body: dict[str, Any], models: Models, limits: Limits, style: Style
     if fields.get("max_output_tokens") is not None:
         fields.integer("max_completion_tokens", 1, 1, limits.max_tokens)  # not used, but not nonsense either
         chat["max_completion_tokens"] = fields.integer("max_output_tokens", None, 1, limits.max_tokens)
+    top = fields.integer("top_logprobs", 0, 0, MAX_TOP)
+    if top or LOGPROBS in read_included(fields):
+        chat |= {"logprobs": True, "top_logprobs": top}
     text = fields.inner("text")
     text.known(("format", "verbosity"))
     if text.get("format") is not None:
@@ -159,8 +166,16 @@ def read_turn(body: dict[str, Any], models: Models, limits: Limits, style: Style
         "text": {"format": text.get("format") or {"type": "text"}},
         "metadata": body.get("metadata") or {},
         "truncation": "disabled",
+        "top_logprobs": top,
     }
     return Turn(ask, messages, told, fields.flag("store", True))
+
+
+def read_included(fields: Fields) -> list[str]:
+    found = [] if fields.get("include") is None else fields.get("include")
+    if not isinstance(found, list) or not all(each in INCLUDED for each in found):
+        raise BadInput(f"include must be a list of some of {', '.join(INCLUDED)}, got {show(found)}")
+    return found
 
 
 def read_input(fields: Fields) -> list[dict[str, Any]]:
@@ -217,8 +232,13 @@ class Writer:
         self.calls: list[Call] = []
         self.places: list[str] = []
         """The items of the output by their ids, in the order in which they began."""
+        self.rows: list[dict[str, Any]] = []
+        """What tokens were worth, if that is asked: those of calls as well."""
+        self.shown = 0
+        """How many of them an event has told."""
 
     def whole(self, choice: Choice) -> dict[str, Any]:
+        self.rows = choice.logprobs if self.turn.ask.requests[0].params.logprobs else []
         self.piece(0, Delta(text=choice.text, finish="stop"))
         return self.end(choice)
 
@@ -227,13 +247,15 @@ class Writer:
         return self.event("response.created", response=begun) + self.event("response.in_progress", response=begun)
 
     def piece(self, index: int, delta: Delta) -> str:
+        if self.turn.ask.requests[0].params.logprobs:
+            self.rows += logprobs_of(delta)
         return "".join(map(self.told, self.hear(delta)))
 
     def closing(self, index: int, choice: Choice) -> str:
         told = self.call_done(self.calls[-1], "incomplete") if self.cut else ""
         if self.said:
-            told += self.event("response.output_text.done", **self.at(), text=self.said, logprobs=[])
-            told += self.event("response.content_part.done", **self.at(), part=content(self.said))
+            told += self.event("response.output_text.done", **self.at(), text=self.said, logprobs=self.rows)
+            told += self.event("response.content_part.done", **self.at(), part=content(self.said, self.rows))
             item = self.item("completed", self.said)
             told += self.event("response.output_item.done", output_index=self.place(self.message), item=item)
         body = self.end(choice)
@@ -253,9 +275,12 @@ class Writer:
         match piece:
             case str():
                 told = "" if self.said else self.begin(self.message, self.item("in_progress", ""))
-                told += "" if self.said else self.event("response.content_part.added", **self.at(), part=content(""))
+                told += (
+                    "" if self.said else self.event("response.content_part.added", **self.at(), part=content("", []))
+                )
                 self.said += piece
-                return told + self.event("response.output_text.delta", **self.at(), delta=piece, logprobs=[])
+                rows, self.shown = self.rows[self.shown :], len(self.rows)
+                return told + self.event("response.output_text.delta", **self.at(), delta=piece, logprobs=rows)
             case Begun(call):
                 self.calls.append(call)
                 return self.begin(f"fc_{call.id}", call_item(call, "in_progress"))
@@ -308,7 +333,7 @@ class Writer:
         return head | self.turn.told | {"store": self.turn.stored, "seed": self.turn.ask.seed}
 
     def item(self, status: str, text: str) -> dict[str, Any]:
-        parts = [content(text)] if status == "completed" else []
+        parts = [content(text, self.rows)] if status == "completed" else []
         return {"id": self.message, "type": "message", "role": "assistant", "status": status, "content": parts}
 
     def at(self) -> dict[str, Any]:
@@ -323,8 +348,8 @@ class Writer:
         return f"event: {kind}\ndata: {json.dumps(body, ensure_ascii=False)}\n\n"
 
 
-def content(text: str) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+def content(text: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": rows}
 
 
 def call_item(call: Call, status: str) -> dict[str, Any]:
