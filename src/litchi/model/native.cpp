@@ -277,6 +277,17 @@ void litchi_pack(const float* weight, int outputs, int inner, int kind, char* to
     pack_panel(weight, m, panel, to + panel * step * panel_bytes(m));
 }
 
+// Of 4 bits, for groups of 32 values (rows, 32) whose misses count so much each. oracle: rounding.search
+void litchi_fit(const float* values, const float* worth, long rows, float* scale, float* least, int threads) {
+  Worth counted{worth, 0.f};
+  for (int i = 0; i < BLOCK; ++i) counted.total += worth[i];
+#pragma omp parallel for num_threads(threads)
+  for (long part = 0; part < (rows + 255) / 256; ++part) {
+    long at = part * 256;
+    fit_rows(values + at * BLOCK, counted, std::min(256L, rows - at), scale + at, least + at);
+  }
+}
+
 void litchi_trim() {  // what has been freed goes back to the system
 #if defined(__GLIBC__)
   malloc_trim(0);

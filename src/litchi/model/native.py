@@ -106,6 +106,7 @@ def library(flags: tuple[str, ...] = ()) -> ctypes.CDLL:
     lib.litchi_head.argtypes = [c_void_p, c_void_p, c_int32, c_int32, c_void_p, c_int32, c_void_p]
     lib.litchi_packed.argtypes, lib.litchi_packed.restype = [c_int32, c_int32, c_int32], c_long
     lib.litchi_pack.argtypes = [c_void_p, c_int32, c_int32, c_int32, c_void_p, c_int32, c_int32]
+    lib.litchi_fit.argtypes = [c_void_p, c_void_p, c_long, c_void_p, c_void_p, c_int32]
     lib.litchi_settle.argtypes = [c_void_p, c_long]
     return lib
 
@@ -280,7 +281,7 @@ class Trunk:
     def matrix(self, parts: Sequence[Tensor], bias: Tensor | None, form: Format, *, turns: bool = False) -> CMatrix:
         """Matrices below one another, or a panel of each by turns, as `interleave` lays out their biases.
 
-        oracle: packing.pack, but for int4, where steps are looked for that lie nearer to the weights.
+        oracle: packing.pack
         """
         kind, inner, outputs = KINDS[form], parts[0].shape[1], sum(map(len, parts))
         room, panel = (

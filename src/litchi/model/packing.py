@@ -1,9 +1,8 @@
 """How weights and pages lie in memory for the native path: panels of 32 outputs, in the order in which they are read.
 
 int8 and int4 are unsigned, in groups of 32 inner values with an fp16 scale and an fp16 least value for each output: a
-weight is scale * q + least. What is multiplied with them is rounded to 16 bits in groups of 32. Here scale and least
-take the whole range of a group; `native_pack.h` does the same for int8, and for int4 looks for steps that lie nearer,
-which finds those of weights that were in four bits before, such as SmolLM2's.
+weight is scale * q + least. What is multiplied with them is rounded to 16 bits in groups of 32. Eight bits take the
+whole range of a group, four the steps that `rounding.search` finds nearest. `native_pack.h` does the same, to the bit.
 
 N outputs, I inner values of a matrix; B panels of 32 outputs. L layers, P pages, G key-value heads, K head width.
 """
@@ -16,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
+
+from litchi.model.rounding import integers, search
 
 BLOCK = 32
 """Outputs of a panel, inner values of a group, tokens of a block of keys."""
@@ -40,8 +41,8 @@ def pack(weight: Float[Tensor, "N I"], form: Format) -> Tensor:
 
 
 def pack_groups(weight: Float[Tensor, "N I"], bits: int) -> UInt8[Tensor, "B groups bytes"]:
-    q, scale, least = quantise(weight, bits)
     """`unpack_groups` is the way back."""
+    q, scale, least = nearest(weight) if bits == 4 else quantise(weight, bits)
     quads = q.unflatten(0, (-1, 2, BLOCK // 2)).unflatten(4, (-1, 4))  # panel, half, lane, group, quad, value
     quads = quads[..., [0, 2, 1, 3]]  # a mask of every second byte finds a pair of neighbours
     quads = quads.permute(0, 3, 4, 1, 2, 5)  # panel, group, quad, half, lane, value
@@ -62,13 +63,21 @@ def unpack_groups(packed: UInt8[Tensor, "B groups bytes"], bits: int) -> Float[T
 
 
 def quantise(weight: Float[Tensor, "N I"], bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Integers (N, groups, 32), scales and least values (N, groups), both fp16."""
+    """Integers (N, groups, 32), scales and least values (N, groups), both fp16, which take the range of each group."""
     groups = weight.unflatten(1, (-1, BLOCK))
     least, most, top = groups.amin(2), groups.amax(2), 2**bits - 1
     scale, least = ((most - least) / top).half(), least.half()
     inverse = 1 / scale.float().clamp(min=1e-30)
     steps = (groups - least.float()[..., None]) * inverse[..., None]
     return steps.round().clamp(0, top).to(torch.uint8), scale, least
+
+
+def nearest(weight: Float[Tensor, "N I"]) -> tuple[Tensor, Tensor, Tensor]:
+    """The same in four bits, as near as `search` comes."""
+    groups = weight.unflatten(1, (-1, BLOCK))
+    found = search(groups.flatten(0, 1))
+    q = integers(groups.flatten(0, 1), found.scale, found.least).view_as(groups).to(torch.uint8)
+    return q, found.scale.half().view(groups.shape[:2]), found.least.half().view(groups.shape[:2])
 
 
 def dequantise(q: Tensor, scale: Tensor, least: Tensor) -> Float[Tensor, "N I"]:
