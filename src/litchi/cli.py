@@ -20,7 +20,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from litchi.config import BadInput, from_json, override, to_json
-from litchi.layouts import add_bench_arguments, add_plan_arguments, bench, certify, plan_layouts
+from litchi.layouts import (
+    add_bench_arguments,
+    add_calibration,
+    add_plan_arguments,
+    bench,
+    calibrate,
+    certify,
+    plan_layouts,
+)
 from litchi.schema.request import Request
 from litchi.schema.sample import Image, Part, Role, Text
 
@@ -209,9 +217,13 @@ def convert(args: argparse.Namespace) -> int:
         raise BadInput(f"{target} is there already and is no checkpoint: name a new folder")
     others = source.is_file() or (source.is_dir() and not (source / "meta.json").is_file())
     coder = others and args.to == "litchi" and holds_autoencoder(source)
+    if args.calibrate and others:
+        raise BadInput(f"{source} is no checkpoint yet: convert it first, then --calibrate what that wrote")
     if args.known and not coder:
         raise BadInput(f"--as says which autoencoder a file holds; {source} is none that could be read so")
-    if args.to == "huggingface" and is_codec(source):
+    if args.calibrate:
+        calibrate(args, find_checkpoint(args.source))
+    elif args.to == "huggingface" and is_codec(source):
         print(f"{target}: written as it came, {give_back_codec(source, target)}")
     elif args.to == "huggingface":
         print(f"{target}: written for transformers as {give_back(find_checkpoint(args.source), target, dtype=dtype)}")
@@ -553,6 +565,7 @@ def parser() -> argparse.ArgumentParser:
     words = "which autoencoder a file holds that does not say so: flux, sd3, sdxl, sd15 or wan21"
     sub.add_argument("--as", dest="known", default="", metavar="NAME", help=words)
     sub.add_argument("--to", choices=("litchi", "huggingface"), default="litchi", help="the form to write")
+    add_calibration(sub)
     sub = verb("certify", certify, settings=False)
     sub.add_argument("case", nargs="?", default="", help="only layouts with this in their name, such as pipeline")
     sub.add_argument("--json", action="store_true")

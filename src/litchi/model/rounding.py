@@ -42,7 +42,7 @@ class Fit:
 
 
 def search(w: Float[Tensor, "N 32"], worth: Float[Tensor, "32"] | None = None) -> Fit:
-    """The best lines found for groups of fp32 values; `worth` is what a miss of each inner value counts, if not alike."""
+    """The best lines found for groups of fp32 values; `worth` is what a miss of each inner value counts."""
     count = torch.ones(BLOCK) if worth is None else worth
     low, range_ = w.amin(1), w.amax(1) - w.amin(1)
     best = fit(w, count, range_ / TOP, low)
