@@ -60,7 +60,7 @@ ITEMS = {"talk": 4, "describe": 2, "draw": 1, "foresee": 8, "watch": 2, "act": 2
 
 def main() -> None:
     asked = arguments()
-    torch.set_num_threads(native.THREADS)
+    torch.set_num_threads(asked.threads)
     asked.folder.mkdir(parents=True, exist_ok=True)
     match asked.part:
         case "words":
@@ -78,6 +78,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("text", type=Path, nargs="?", default=ROOT / "README.md", help="that SmolLM2 is scored on")
     parser.add_argument("--seconds", type=float, default=100, help="of training")
     parser.add_argument("--tokens", type=int, default=16_384, help="that are read for feedback")
+    parser.add_argument("--threads", type=int, default=native.THREADS, help="one, beside other work")
     parser.add_argument("--items", type=int, default=64, help="for each ability of the shipped checkpoint")
     return parser.parse_args()
 
@@ -135,29 +136,38 @@ def words(folder: Path, seconds: float, tokens: int) -> None:
     score("words", models, windows)
 
 
-def train(folder: Path, text: str, seconds: float, rows: int = 8, row: int = 256) -> None:
-    """From nothing, one seed, AdamW on random windows."""
+def train(folder: Path, text: str, seconds: float, rows: int = 4, row: int = 256) -> None:
+    """From nothing, one seed, on random windows."""
     tokenizer = Tokenizer.train(text.split("\n\n"), vocab_size=2048)
     ids = torch.tensor(tokenizer.encode(text))
     model = Model(replace(WORDS, vocab_size=len(tokenizer)))
     initialise(model, 0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    inner, rest = [*matrices(model)], [p for name, p in model.named_parameters() if not is_matrix(name, p)]
+    optimizers = [
+        torch.optim.Muon(inner, lr=4e-3, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
     generator, began = torch.Generator().manual_seed(0), time.perf_counter()
     loss, step = torch.tensor(0.0), 0
     while (spent := (time.perf_counter() - began) / seconds) < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1.0, (step + 1) / 50, 1.05 - spent)
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = 4e-3 * min(1.0, (step + 1) / 20, 1.05 - spent)
         at = torch.randint(0, len(ids) - row - 1, (rows,), generator=generator).tolist()
         batch = pack([document(ids[a : a + row].tolist()) for a in at], row=row)
         labels = torch.cat([ids[a + 1 : a + row + 1] for a in at])
         loss = F.cross_entropy(model.logits(model(batch)), labels)
-        optimizer.zero_grad()
+        for parameter in model.parameters():
+            parameter.grad = None
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         step += 1
     print(f"{step} steps of {rows * row} tokens, of {len(ids)}; last loss {float(loss.detach()):.3f}")
     save(folder, model.eval(), Processor(tokenizer, None, {}, Noising()), meta={"step": step, "seconds": seconds})
+
+
+def is_matrix(name: str, parameter: Tensor) -> bool:
+    return parameter.dim() == 2 and name.startswith("layers.")
 
 
 def document(ids: list[int]) -> TokenSequence:
