@@ -216,9 +216,9 @@ def convert(args: argparse.Namespace) -> int:
     if target.exists() and not (target / "meta.json").is_file() and (target.is_file() or any(target.iterdir())):
         raise BadInput(f"{target} is there already and is no checkpoint: name a new folder")
     others = source.is_file() or (source.is_dir() and not (source / "meta.json").is_file())
-    coder = others and args.to == "litchi" and holds_autoencoder(source)
     if args.calibrate and others:
         raise BadInput(f"{source} is no checkpoint yet: convert it first, then --calibrate what that wrote")
+    coder = others and args.to == "litchi" and holds_autoencoder(source)
     if args.known and not coder:
         raise BadInput(f"--as says which autoencoder a file holds; {source} is none that could be read so")
     if args.calibrate:

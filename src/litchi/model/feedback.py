@@ -59,11 +59,15 @@ def in_order(weight_IN: Tensor, products: Tensor) -> tuple[Float[Tensor, "I N"],
     rounded, missed, grids = torch.empty_like(weight_IN), torch.empty_like(weight_IN), []
     for start in range(0, len(products), BLOCK):
         group = slice(start, start + BLOCK)
-        aim = weight_IN[group] + reach[:start, group].T @ missed[:start]
-        grid = Grid(*lines(aim.T, own[group] / own[group].mean()))
+        pull = reach[:start, group].T @ missed[:start]
+        # Where the group would go if it could go anywhere: there, not where each of its columns would go alone, it is
+        # that its steps should lie.
+        free = torch.linalg.solve_triangular(reach[group, group].T, pull, upper=False, unitriangular=True)
+        grid = Grid(*lines((weight_IN[group] + free).T, own[group] / own[group].mean()))
         grids.append(grid)
         for j in range(start, start + BLOCK):
-            rounded[j] = grid.nearest(aim[j - start] + reach[start:j, j] @ missed[start:j])
+            aim = weight_IN[j] + pull[j - start] + reach[start:j, j] @ missed[start:j]
+            rounded[j] = grid.nearest(aim)
             missed[j] = weight_IN[j] - rounded[j]
     return rounded, grids
 
