@@ -3,6 +3,7 @@
     python bench/rounding.py words FOLDER          a small language model, trained here for --seconds on our own source
     python bench/rounding.py moved FOLDER TEXT     SmolLM2, its weights moved by up to a third of a step; TEXT to read
     python bench/rounding.py tiny FOLDER           the shipped checkpoint: scores, and abilities on --items of each
+    python bench/rounding.py large FOLDER          the memory of feedback: a layer a quarter as wide as Yi-34B's
 
 All three ways end on a grid that packing keeps to the bit, so that the native path reads the very weights that were
 rounded. What is read for feedback is never what is scored: other files of ours, or the training split beside the test
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench import native
+from bench.convert_34b import Watch, anonymous
 from bench.formats import apart, matrices
 from bench.native import WINDOW, scores_of
 from bench.row import append
@@ -34,10 +36,12 @@ from litchi.data.loader import Loader, open_shelves
 from litchi.data.run import DataConfig
 from litchi.data.run import run as make_data
 from litchi.model.calibrate import batches, calibrate, steps, text_windows
+from litchi.model.families import parameters
 from litchi.model.feedback import round_alone
 from litchi.model.native import Trunk
 from litchi.model.network import Model, ModelConfig, initialise
 from litchi.model.packing import Format, dequantise, quantise
+from litchi.model.presets import YI_34B
 from litchi.model.weights import Checkpoint, load, save
 from litchi.run import Run
 from litchi.schema.processor import Builder, Noising, Processor
@@ -63,6 +67,8 @@ def main() -> None:
     torch.set_num_threads(asked.threads)
     asked.folder.mkdir(parents=True, exist_ok=True)
     match asked.part:
+        case "large":
+            large(asked.folder, asked.tokens)
         case "words":
             words(asked.folder, asked.seconds, asked.tokens)
         case "moved":
@@ -73,7 +79,7 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("part", choices=("words", "moved", "tiny"))
+    parser.add_argument("part", choices=("words", "moved", "tiny", "large"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("text", type=Path, nargs="?", default=ROOT / "README.md", help="that SmolLM2 is scored on")
     parser.add_argument("--seconds", type=float, default=100, help="of training")
@@ -206,7 +212,7 @@ def tiny(folder: Path, tokens: int, items: int) -> None:
     plain, place = folder / "tiny", Place(folder)
     loaded = load(find_checkpoint("tiny"))
     run = from_json(Run, (loaded.folder / "run.json").read_text(encoding="utf-8"))
-    data = DataConfig(train=dict.fromkeys(run.data.train, 400), test=dict.fromkeys(run.data.test, items * 4))
+    data = DataConfig(train=dict.fromkeys(run.data.train, 400), test=dict.fromkeys(run.data.test, 160))
     make_data(data, place.data)
     if not plain.exists():
         save_as(plain, loaded, loaded.model, run)
@@ -238,6 +244,39 @@ def documents(processor: Processor, run: Run, place: Place, split: str) -> Itera
 def save_as(folder: Path, loaded: Checkpoint, model: Model, run: Run) -> None:
     text = (loaded.folder / "run.json").read_text(encoding="utf-8")
     save(folder, model, loaded.processor, meta={"name": run.name}, run=text)
+
+
+# ---- memory -------------------------------------------------------------------------------------------------------
+
+
+def large(folder: Path, tokens: int, part: int = 4) -> None:
+    """Everything that matters is a matrix, so that the whole width takes the square of `part` times as much."""
+    c = YI_34B
+    config = replace(
+        WORDS,
+        vocab_size=330,
+        width=c.width // part,
+        num_layers=1,
+        num_heads=c.num_heads // part,
+        num_kv_heads=c.num_kv_heads // part,
+        head_width=c.head_width,
+        mlp_width=c.mlp_width // part,
+    )
+    model = Model(config)
+    initialise(model, 0)
+    processor = Processor(Tokenizer.train(["words"], vocab_size=330), None, {}, Noising())
+    save(folder / "large", model.eval(), processor, meta={})
+    del model
+    ids = torch.randint(0, 330, (tokens // WINDOW, WINDOW), generator=torch.Generator().manual_seed(0))
+    read = batches((document(row.tolist()) for row in ids), tokens)
+    before, watch = anonymous(), Watch()
+    watch.start()
+    calibrate(folder / "large", folder / "large-fed", read)
+    watch.done.set()
+    grown, whole = watch.most - before, sum(shape.numel() for shape in parameters(c).values()) * 4
+    what = f"memory of a layer with 1/{part} of Yi-34B's widths, {tokens} tokens"
+    peer = {"peer": f"all weights of Yi-34B in fp32, over {part**2}", "peer_figure": whole / part**2 / 1e9}
+    append("rounding", what, grown / 1e9, "GB", **peer)
 
 
 if __name__ == "__main__":

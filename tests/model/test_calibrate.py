@@ -15,6 +15,7 @@ from torch import Tensor
 
 from litchi.cli import main
 from litchi.config import BadInput
+from litchi.model import calibrate as calibration
 from litchi.model import feedback
 from litchi.model.calibrate import Reading, batches, calibrate, inputs_of, steps, text_windows
 from litchi.model.feedback import cost, feed_back, in_order, lines, look_again, round_alone
@@ -113,14 +114,22 @@ def test_without_a_compiler_the_bits_are_the_same(monkeypatch: pytest.MonkeyPatc
 @pytest.fixture(scope="module", params=[1, 2], ids=["one expert", "two experts"])
 def plain(request: pytest.FixtureRequest, tmp_path_factory) -> Path:
     """A small network that sees and draws."""
+    return written(tmp_path_factory.mktemp("plain") / "model", request.param)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    return written(tmp_path_factory.mktemp("small") / "model", 1)
+
+
+def written(folder: Path, experts: int) -> Path:
     processor = documents.processor(tower=True)
-    folder = tmp_path_factory.mktemp("plain") / "model"
-    save(folder, documents.model(processor, wide=True, experts=request.param), processor, meta={"step": 7})
+    save(folder, documents.model(processor, wide=True, experts=experts), processor, meta={"step": 7})
     return folder
 
 
 def some_documents(processor: Processor, first: int) -> list[Batch]:
-    kinds = cycle([TEXT, "where is the red ball", "two three"])
+    kinds = cycle([TEXT[first:], "where is the red ball", "two three"])
     samples = [
         documents.Sample((documents.Text(text=next(kinds)), picture(i)), f"{i}", "x") for i in range(first, first + 12)
     ]
@@ -189,23 +198,44 @@ calibrate(plain, folder, documents, told=lambda: os.kill(os.getpid(), signal.SIG
 """
 
 
-def test_a_kill_in_the_middle_leaves_nothing_half(plain: Path, tmp_path: Path) -> None:
-    """The destination is not there, or still the one before; the same command then makes it."""
+def test_a_kill_in_the_middle_leaves_nothing_half(small: Path, tmp_path: Path, monkeypatch) -> None:
+    """What was at the destination is still there, and the same command goes on behind the layer that was done."""
     text, folder = tmp_path / "text", tmp_path / "fed"
     text.write_text(f"{TEXT}\n" * 300)
-    words = ["convert", str(plain), str(folder), "--calibrate", str(text), "--tokens", "600", "--dtype", "float32"]
-    for there in (False, True):
-        before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-        command = [sys.executable, "-c", KILLED, str(plain), str(folder), str(text)]
-        killed = subprocess.run(command, capture_output=True, timeout=100, check=False)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-        assert (tmp_path / ".fed.writing").exists() and folder.exists() == there
-        assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
-        assert main(words) == 0 and load(folder).meta["rounded"]["format"] == "int4"
-        assert not (tmp_path / ".fed.writing").exists()
+    words = ["convert", str(small), str(folder), "--calibrate", str(text), "--tokens", "600", "--dtype", "float32"]
+    assert main(words) == 0
+    whole = {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    command = [sys.executable, "-c", KILLED, str(small), str(folder), str(text)]
+    killed = subprocess.run(command, capture_output=True, timeout=100, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()} == whole
+    assert {p.name for p in tmp_path.iterdir()} == {"text", "fed", ".fed.writing", ".fed.halfway"}
+    done = []
+    real = calibration.round_layer
+    monkeypatch.setattr(calibration, "round_layer", lambda *given: done.append(given) or real(*given))
+    assert main(words) == 0
+    assert len(done) == 1  # of two layers
+    assert {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()} == whole
+    assert {p.name for p in tmp_path.iterdir()} == {"text", "fed"}
 
 
-def test_bad_input_is_refused_with_the_mend(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_draft_of_other_documents_is_thrown_away(small: Path, tmp_path: Path) -> None:
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    loaded, folder = load(small), tmp_path / "fed"
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(small, folder, some_documents(loaded.processor, 0), told=stop)
+    assert not folder.exists()
+    told: list[int] = []
+    calibrate(small, folder, some_documents(loaded.processor, 12), told=lambda: told.append(1))
+    calibrate(small, tmp_path / "straight", some_documents(loaded.processor, 12))
+    assert len(told) == 2
+    found = [(f / "model" / "model.safetensors").read_bytes() for f in (folder, tmp_path / "straight")]
+    assert found[0] == found[1]
+
+
+def test_bad_input_is_refused_with_the_mend(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     short, broken = tmp_path / "short", tmp_path / "broken"
     short.write_text("the red ball")
     broken.write_bytes(b"\xff\xfe" * 9000)
@@ -218,7 +248,7 @@ def test_bad_input_is_refused_with_the_mend(plain: Path, tmp_path: Path, capsys:
         (short, ["--to", "huggingface"], "leave --to and --as out"),
         (short, ["--tokens", "0"], "name how many are read"),
     ):
-        words = ["convert", str(plain), str(tmp_path / "fed"), "--calibrate", str(path), *more]
+        words = ["convert", str(small), str(tmp_path / "fed"), "--calibrate", str(path), *more]
         assert main(words) == 2
         said = capsys.readouterr().err
         assert said.startswith("error: ") and expected in said and said.count("\n") == 1, said
@@ -227,8 +257,8 @@ def test_bad_input_is_refused_with_the_mend(plain: Path, tmp_path: Path, capsys:
     assert "convert it first" in capsys.readouterr().err
 
 
-def test_a_damaged_checkpoint_is_refused(plain: Path, tmp_path: Path) -> None:
-    loaded = load(plain)
+def test_a_damaged_checkpoint_is_refused(small: Path, tmp_path: Path) -> None:
+    loaded = load(small)
     model: Model = loaded.model
     with torch.no_grad():
         model.get_parameter("layers.1.experts.0.mlp.down_proj.weight")[3, 4] = torch.nan
@@ -238,8 +268,8 @@ def test_a_damaged_checkpoint_is_refused(plain: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "fed").exists()
 
 
-def test_no_more_is_read_than_was_asked_for(plain: Path, tmp_path: Path) -> None:
-    text, processor = tmp_path / "text", load(plain).processor
+def test_no_more_is_read_than_was_asked_for(small: Path, tmp_path: Path) -> None:
+    text, processor = tmp_path / "text", load(small).processor
     text.write_text(f"{TEXT}\n" * 600)
     found = list(batches(text_windows(text, processor, 1500), 1500))
     assert [len(b) for b in found] == [512, 512]

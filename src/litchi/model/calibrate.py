@@ -10,13 +10,17 @@ T tokens of all documents, D width, I inner values of a matrix.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from litchi.config import BadInput, to_json
@@ -27,7 +31,7 @@ from litchi.model.network import MLP, Attention, Model, PlainMLP
 from litchi.model.packing import BLOCK
 from litchi.model.tensorfile import check_finite, open_tensors
 from litchi.model.tensorwriter import TensorWriter
-from litchi.model.weights import ORIGINAL, Unset, check_files, from_hugging_face, load_config, publish, read_meta
+from litchi.model.weights import ORIGINAL, Unset, check_files, flush, from_hugging_face, load_config, publish, read_meta
 from litchi.schema.processor import Builder, Processor
 from litchi.schema.sequence import Batch, TokenSequence, pack
 
@@ -100,48 +104,90 @@ def calibrate(
 ) -> int:
     """Write the rounded checkpoint beside `folder` and rename it there; returns how many weights were rounded.
 
-    fp32 keeps the grid to the bit; bfloat16 moves weights by a rounding, which packing finds again all but that.
-    `told` is called after each layer. Raises BadInput for a folder that is not whole, and weights that are no numbers.
+    The same call after a kill goes on behind the last layer that was done. fp32 keeps the grid to the bit; bfloat16
+    moves weights by a rounding, which packing finds again all but that. `told` is called after each layer.
+    Raises BadInput for a folder that is not whole, and for weights that are no numbers.
     """
     meta = read_meta(source)
     check_files(source, meta)
-    config = load_config(source)
+    config, draft = load_config(source), folder.with_name(f".{folder.name}.writing")
     with torch.device("meta"), Unset():
         model = Model(config).eval().requires_grad_(False)
-    draft = folder.with_name(f".{folder.name}.writing")
-    shutil.rmtree(draft, ignore_errors=True)
     with open_tensors(source / "model") as tensors, torch.inference_mode():
         names = {from_hugging_face(name): name for name in tensors.entries}
-        shapes = {names[name]: shape for name, shape in parameters(config).items()}
-        writer = TensorWriter(draft / "model", shapes, dtype)
 
-        def read(name: str) -> Tensor:
-            tensor = tensors.read(names[name], torch.float32)
-            check_finite(tensor, names[name], source)
-            return tensor
+        def read(wanted: Iterable[str]) -> dict[str, Tensor]:
+            found = {name: tensors.read(names[name], torch.float32) for name in wanted}
+            for name, tensor in found.items():
+                check_finite(tensor, names[name], source)
+            return found
 
-        whole, layers = dict(model.named_parameters()), model.layers
-        around = {name: read(name) for name in whole if not name.startswith("layers.")}
+        shapes, layers = parameters(config), [*model.layers]
+        around = read(name for name in shapes if not name.startswith("layers."))
+        model.load_state_dict(around, assign=True, strict=False)
+        readings = [Reading(b, s := model.see(b), model.embed(b, s)) for b in documents]
+        half = Halfway.found(draft, {"source": meta, "dtype": str(dtype)}, readings)
+        own = [[name for name in shapes if name.startswith(f"layers.{i}.")] for i in range(len(layers))]
+        written = [names[name] for index in range(half.done) for name in own[index]]
+        writer = TensorWriter(draft / "model", {names[n]: s for n, s in shapes.items()}, dtype, written=written)
         for name, tensor in around.items():
             writer.put(names[name], tensor)
-        model.load_state_dict(around, assign=True, strict=False)
+        nn.ModuleDict({n: m for n, m in model.named_children() if n != "layers"}).to("meta")
         del around
-        readings, rounded, count = [Reading(b, s := model.see(b), model.embed(b, s)) for b in documents], 0, 0
-        rest = nn.ModuleDict({n: m for n, m in model.named_children() if n != "layers"})
-        rest.to("meta")
-        for index, layer in enumerate(layers):
-            own = [name for name in whole if name.startswith(f"layers.{index}.")]
-            model.layers = nn.ModuleDict({str(index): layer})
-            model.load_state_dict({name: read(name) for name in own}, assign=True, strict=False)
-            rounded += round_layer(model, readings)
-            for name in own:
+        for index in range(half.done, len(layers)):
+            model.layers._modules = {str(index): layers[index]}
+            model.load_state_dict(read(own[index]), assign=True, strict=False)
+            count = round_layer(model, readings)
+            for name in own[index]:
                 writer.put(names[name], model.get_parameter(name))
-            layer.to("meta")
+            layers[index].to("meta")
+            half = half.after(count, readings)
             told()
         writer.finish()
-    count = sum(len(r.x_TD) for r in readings)
-    seal(source, draft, folder, meta, {"format": "int4", "weights": rounded, "tokens": count})
-    return rounded
+    tokens = sum(len(r.x_TD) for r in readings)
+    seal(source, draft, folder, meta, {"format": "int4", "weights": half.rounded, "tokens": tokens})
+    half.path.unlink(missing_ok=True)
+    return half.rounded
+
+
+@dataclass(frozen=True, slots=True)
+class Halfway:
+    """How many layers a draft has, how many weights were rounded in them, and what they made of the documents."""
+
+    path: Path
+    claim: str
+    """What is read and what is written: a draft of anything else is thrown away."""
+    done: int = 0
+    rounded: int = 0
+
+    @classmethod
+    def found(cls, draft: Path, said: Mapping[str, object], readings: Sequence[Reading]) -> Halfway:
+        """Where an earlier call was killed, with readings set to that; or the beginning."""
+        digest = sha256(json.dumps(said, sort_keys=True).encode())
+        for r in readings:
+            for column in (r.x_TD, r.batch.positions, r.batch.spans, r.batch.docs, r.batch.readable):
+                digest.update(column.contiguous().numpy())
+        fresh = cls(draft.with_suffix(".halfway"), digest.hexdigest())
+        if fresh.path.is_file() and draft.is_dir():
+            with safe_open(fresh.path, "pt") as file:
+                known = file.metadata()
+                if known["claim"] == fresh.claim:
+                    for index, reading in enumerate(readings):
+                        reading.x_TD = file.get_tensor(str(index))
+                    return replace(fresh, done=int(known["done"]), rounded=int(known["rounded"]))
+        shutil.rmtree(draft, ignore_errors=True)
+        return fresh
+
+    def after(self, count: int, readings: Sequence[Reading]) -> Halfway:
+        """One layer further, on disk before it is said."""
+        now, part = replace(self, done=self.done + 1, rounded=self.rounded + count), self.path.with_suffix(".part")
+        for path in (self.path.with_suffix(".writing") / "model").iterdir():
+            flush(path)
+        known = {"claim": now.claim, "done": str(now.done), "rounded": str(now.rounded)}
+        save_file({str(i): r.x_TD.contiguous() for i, r in enumerate(readings)}, part, metadata=known)
+        flush(part)
+        part.replace(self.path)
+        return now
 
 
 def seal(source: Path, draft: Path, folder: Path, meta: Mapping, said: Mapping[str, object]) -> None:
@@ -151,6 +197,7 @@ def seal(source: Path, draft: Path, folder: Path, meta: Mapping, said: Mapping[s
     for name in (f"model/{ORIGINAL}", "run.json"):
         if (source / name).is_file():
             shutil.copy(source / name, draft / name)
+    shutil.rmtree(draft / "processor", ignore_errors=True)
     shutil.copytree(source / "processor", draft / "processor")
     small = sum(shape.numel() for shape in parameters(config).values()) <= CHECKED_PARAMETERS
     publish(draft, folder, meta={k: meta[k] for k in KEPT if k in meta} | {"rounded": said}, check=small)

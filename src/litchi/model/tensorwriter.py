@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,12 +22,19 @@ class TensorWriter:
     """A folder's model.safetensors, or its shards and their index; `finish` checks that all is there."""
 
     def __init__(
-        self, folder: Path, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype, shard_bytes: int = SHARD_BYTES
+        self,
+        folder: Path,
+        shapes: Mapping[str, Sequence[int]],
+        dtype: torch.dtype,
+        shard_bytes: int = SHARD_BYTES,
+        *,
+        written: Iterable[str] = (),
     ) -> None:
+        """`written` are those that an earlier writer of the very same files has put there: what there is stays."""
         self.folder, self.shapes, self.dtype = folder, {name: tuple(s) for name, s in shapes.items()}, dtype
         self.files = file_names(divide(self.shapes, dtype, shard_bytes))
         self.places: dict[str, tuple[str, int]] = {}
-        self.written: set[str] = set()
+        self.written = set(written)
         folder.mkdir(parents=True, exist_ok=True)
         for file, names in self.files.items():
             self._begin(file, names)
@@ -70,7 +77,7 @@ class TensorWriter:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         begin = at = 8 + len(text)
-        with (self.folder / file).open("wb") as out:
+        with (self.folder / file).open("r+b" if self.written else "wb") as out:
             out.write(len(text).to_bytes(8, "little") + text)
             for name in names:
                 self.places[name] = (file, at)
