@@ -29,7 +29,7 @@ from litchi.model.families import parameters
 from litchi.model.feedback import feed_back
 from litchi.model.network import MLP, Attention, Model, PlainMLP
 from litchi.model.packing import BLOCK
-from litchi.model.tensorfile import check_finite, open_tensors
+from litchi.model.tensorfile import TensorFile, check_finite, open_tensors
 from litchi.model.tensorwriter import TensorWriter
 from litchi.model.weights import ORIGINAL, Unset, check_files, flush, from_hugging_face, load_config, publish, read_meta
 from litchi.schema.processor import Builder, Processor
@@ -115,20 +115,13 @@ def calibrate(
         model = Model(config).eval().requires_grad_(False)
     with open_tensors(source / "model") as tensors, torch.inference_mode():
         names = {from_hugging_face(name): name for name in tensors.entries}
-
-        def read(wanted: Iterable[str]) -> dict[str, Tensor]:
-            found = {name: tensors.read(names[name], torch.float32) for name in wanted}
-            for name, tensor in found.items():
-                check_finite(tensor, names[name], source)
-            return found
-
         shapes, layers = parameters(config), [*model.layers]
-        around = read(name for name in shapes if not name.startswith("layers."))
+        around = read(tensors, {name: names[name] for name in shapes if not name.startswith("layers.")})
         model.load_state_dict(around, assign=True, strict=False)
         readings = [Reading(b, s := model.see(b), model.embed(b, s)) for b in documents]
         half = Halfway.found(draft, {"source": meta, "dtype": str(dtype)}, readings)
-        own = [[name for name in shapes if name.startswith(f"layers.{i}.")] for i in range(len(layers))]
-        written = [names[name] for index in range(half.done) for name in own[index]]
+        own = [{n: names[n] for n in shapes if n.startswith(f"layers.{i}.")} for i in range(len(layers))]
+        written = [name for index in range(half.done) for name in own[index].values()]
         writer = TensorWriter(draft / "model", {names[n]: s for n, s in shapes.items()}, dtype, written=written)
         for name, tensor in around.items():
             writer.put(names[name], tensor)
@@ -136,10 +129,10 @@ def calibrate(
         del around
         for index in range(half.done, len(layers)):
             model.layers._modules = {str(index): layers[index]}
-            model.load_state_dict(read(own[index]), assign=True, strict=False)
+            model.load_state_dict(read(tensors, own[index]), assign=True, strict=False)
             count = round_layer(model, readings)
-            for name in own[index]:
-                writer.put(names[name], model.get_parameter(name))
+            for name, theirs in own[index].items():
+                writer.put(theirs, model.get_parameter(name))
             layers[index].to("meta")
             half = half.after(count, readings)
             told()
@@ -148,6 +141,14 @@ def calibrate(
     seal(source, draft, folder, meta, {"format": "int4", "weights": half.rounded, "tokens": tokens})
     half.path.unlink(missing_ok=True)
     return half.rounded
+
+
+def read(tensors: TensorFile, wanted: Mapping[str, str]) -> dict[str, Tensor]:
+    """By our names, of which each has its name in the file."""
+    found = {name: tensors.read(theirs, torch.float32) for name, theirs in wanted.items()}
+    for name, tensor in found.items():
+        check_finite(tensor, name, tensors.path)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +167,7 @@ class Halfway:
         digest = sha256(json.dumps(said, sort_keys=True).encode())
         for r in readings:
             for column in (r.x_TD, r.batch.positions, r.batch.spans, r.batch.docs, r.batch.readable):
-                digest.update(column.contiguous().numpy())
+                digest.update(column.contiguous().numpy().data)
         fresh = cls(draft.with_suffix(".halfway"), digest.hexdigest())
         if fresh.path.is_file() and draft.is_dir():
             with safe_open(fresh.path, "pt") as file:
