@@ -2,7 +2,7 @@
 
     python bench/rounding.py words FOLDER          a small language model, trained here for --seconds on our own source
     python bench/rounding.py moved FOLDER TEXT     SmolLM2, its weights moved by up to a third of a step; TEXT to read
-    python bench/rounding.py tiny FOLDER           the shipped checkpoint: scores, and abilities on --items of each
+    python bench/rounding.py tiny FOLDER           the shipped checkpoint: abilities on --items of each; 0: its scores
     python bench/rounding.py large FOLDER          the memory of feedback: a layer a quarter as wide as Yi-34B's
 
 All three ways end on a grid that packing keeps to the bit, so that the native path reads the very weights that were
@@ -85,7 +85,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=100, help="of training")
     parser.add_argument("--tokens", type=int, default=16_384, help="that are read for feedback")
     parser.add_argument("--threads", type=int, default=native.THREADS, help="one, beside other work")
-    parser.add_argument("--items", type=int, default=64, help="for each ability of the shipped checkpoint")
+    parser.add_argument("--items", type=int, default=64, help="for each ability; 0 looks at scores instead")
     return parser.parse_args()
 
 
@@ -99,8 +99,10 @@ def all_ways(plain: Path, documents: Callable[[], Iterator[Batch]]) -> dict[str,
             matrix.weight.copy_(way(matrix.weight))
     fed, began = plain.with_name(f"{plain.name}-fed"), time.perf_counter()
     if not fed.exists():
+        going_on = fed.with_name(f".{fed.name}.halfway").exists()
         calibrate(plain, fed, documents())
-        append("rounding", f"{plain.name}: feedback takes", time.perf_counter() - began, "s")
+        if not going_on:
+            append("rounding", f"{plain.name}: feedback takes", time.perf_counter() - began, "s")
     found[FEEDBACK] = load(fed).model.requires_grad_(False)
     return found
 
@@ -218,17 +220,21 @@ def tiny(folder: Path, tokens: int, items: int) -> None:
         save_as(plain, loaded, loaded.model, run)
     read = {split: documents(loaded.processor, run, place, split) for split in ("train", "test")}
     models = all_ways(plain, lambda: batches(read["train"], tokens))
-    unseen = list(batches(read["test"], 8_192))
-    scores = {name: torch.cat([m.logits(m(batch)) for batch in unseen]) for name, m in models.items()}
-    told = {name: float((s - scores[EXACT]).pow(2).mean().sqrt()) for name, s in scores.items()}
-    peer = {"peer": SEARCH, "peer_figure": told[SEARCH]}
-    append("rounding", "tiny: scores of words apart from fp32", told[FEEDBACK], "rms", **peer, beside=told)
+    if not items:
+        unseen = list(batches(read["test"], 8_192))
+        scores = {name: torch.cat([m.logits(m(batch)) for batch in unseen]) for name, m in models.items()}
+        told = {name: float((s - scores[EXACT]).pow(2).mean().sqrt()) for name, s in scores.items()}
+        peer = {"peer": SEARCH, "peer_figure": told[SEARCH]}
+        append("rounding", "tiny: scores of words apart from fp32", told[FEEDBACK], "rms", **peer, beside=told)
+        return
     less = {name: items // share for name, share in ITEMS.items()}
     asked = replace(run, eval=replace(run.eval, **less, drift_steps=0, free_dialogues=0, baseline_samples=400))
-    for name, model in models.items() if items else ():
+    boards = {}
+    for name, model in models.items():
         rounded = folder / f"tiny {name}"
         save_as(rounded, loaded, model, run)
-        board = make_board(asked, rounded, place)
+        boards[name] = make_board(asked, rounded, place)
+    for name, board in boards.items():
         for row in board.rows:
             beside = {"low": row.score.low, "high": row.score.high, "n": float(row.score.n)}
             append("rounding", f"tiny, {name}: {row.ability}", row.score.value, row.score.name, beside=beside)

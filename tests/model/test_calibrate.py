@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 
@@ -14,7 +16,9 @@ import torch
 from torch import Tensor
 
 from litchi.cli import main
-from litchi.config import BadInput
+from litchi.config import BadInput, to_json
+from litchi.data.run import DataConfig
+from litchi.data.run import run as make_data
 from litchi.model import calibrate as calibration
 from litchi.model import feedback
 from litchi.model.calibrate import Reading, batches, calibrate, inputs_of, steps, text_windows
@@ -23,6 +27,7 @@ from litchi.model.network import Model
 from litchi.model.weights import load, save
 from litchi.schema.processor import Processor
 from litchi.schema.sequence import Batch, pack
+from recipes import tiny
 from tests.laws import documents
 
 TEXT = " ".join(documents.WORDS)
@@ -233,6 +238,19 @@ def test_a_draft_of_other_documents_is_thrown_away(small: Path, tmp_path: Path) 
     assert len(told) == 2
     found = [(f / "model" / "model.safetensors").read_bytes() for f in (folder, tmp_path / "straight")]
     assert found[0] == found[1]
+
+
+def test_a_run_is_shown_its_training_and_never_its_test_split(small: Path, tmp_path: Path) -> None:
+    """Whose shards are not even there."""
+    pytest.importorskip("minigrid", reason="pip install 'litchi[rooms]'")
+    make_data(DataConfig(train={"talk": 6}, test={"talk": 2}, workers=1), tmp_path / "data")
+    shutil.rmtree(tmp_path / "data" / "test")
+    loaded, run = load(small), replace(tiny.run(), mixture={"talk": 1.0})
+    save(tmp_path / "own", loaded.model, loaded.processor, meta={}, run=to_json(run))
+    words = ["convert", str(tmp_path / "own"), str(tmp_path / "fed"), "--calibrate", str(tmp_path / "data")]
+    assert main([*words, "--tokens", "200"]) == 0
+    told = load(tmp_path / "fed").meta["rounded"]
+    assert told["tokens"] >= 200 and (tmp_path / "fed" / "run.json").read_text() == to_json(run)
 
 
 def test_bad_input_is_refused_with_the_mend(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
