@@ -171,6 +171,20 @@ def test_layers_lie_on_the_grid_and_all_else_is_as_it_was(plain: Path, tmp_path:
     assert after.meta["step"] == 7 and after.meta["rounded"]["weights"] == count
 
 
+def test_bfloat16_keeps_the_grid_but_for_its_own_rounding(small: Path, tmp_path: Path) -> None:
+    read = some_documents(load(small).processor, 0)
+    for dtype in (torch.float32, torch.bfloat16):
+        calibrate(small, tmp_path / str(dtype), read, dtype=dtype)
+    exact, half = (load(tmp_path / str(dtype)).model for dtype in (torch.float32, torch.bfloat16))
+    for layer, other in zip(exact.layers, half.layers, strict=True):
+        for was, now in zip(matrices(layer), matrices(other), strict=True):
+            assert (round_alone(now) - was).norm() < 2**-8 * was.norm()
+
+
+def matrices(layer: torch.nn.Module) -> list[Tensor]:
+    return [m.weight.detach() for sets in steps(layer) for s in sets for m in s]
+
+
 def test_what_the_network_says_changes_less_than_by_weights_rounded_alone(plain: Path, tmp_path: Path) -> None:
     """On documents that were read."""
     before = load(plain)
