@@ -18,6 +18,7 @@ T tokens, S sequences, D width, H query heads, G key-value heads, K head width, 
 from __future__ import annotations
 
 import ctypes
+import logging
 import math
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_float, c_int32, c_long, c_void_p
@@ -34,6 +35,8 @@ from litchi.model.native_adapters import Chosen
 from litchi.model.network import Expert, Model, ModelConfig
 from litchi.model.packing import BLOCK, KINDS, Format
 from litchi.model.vision import Tower
+
+log = logging.getLogger("litchi.start")
 
 HEADERS = ("native_product.h", "native_attention.h", "native_eight.h", "native_pack.h", "native_lora.h")
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", *HEADERS))
@@ -166,6 +169,7 @@ class Trunk:
             expert = model.get_submodule(f"layers.{index}.experts.0")
             assert isinstance(expert, Expert)
             self.layers[index] = self.layer(expert)
+            log.debug("packed layer %d", index)
             if take:
                 for weight in expert.parameters():
                     weight.data = weight.new_empty(0) if weight.dim() == 2 else weight.data

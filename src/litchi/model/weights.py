@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import mmap
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -39,6 +41,9 @@ from litchi.schema.sequence import Modality, TokenSequence, Vectors, pack
 from litchi.schema.sight import Sight, SightConfig
 from litchi.schema.tokenizer import Tokenizer
 
+log = logging.getLogger("litchi.start")
+"""Told, at the level of debugging, how far a load is: who waits for a worker's start listens."""
+
 FORMAT = 1
 ORIGINAL = "original.json"
 """The config.json of a model that others trained, kept beside ours: it is given back on the way out."""
@@ -48,6 +53,9 @@ CODEC = "codec.safetensors"
 """The weights with which pictures are coded."""
 PREPROCESSOR = "preprocessor_config.json"
 """The same for how it looks at pictures."""
+
+HASHED = 1 << 26
+"""Bytes that are hashed at a time."""
 
 GOLDEN_TOLERANCE = 2e-3
 """Largest difference of golden logits in fp32; machines differ in the order of their sums."""
@@ -202,6 +210,7 @@ def load(folder: Path, *, check: bool = True, place: Place | None = None) -> Che
             model = load_model(folder, place)
         finally:
             checked.result()  # what is known of a changed file goes before what it made of the load
+    log.debug("read the network")
     if (
         check
         and place is None
@@ -228,6 +237,7 @@ def load_model(folder: Path, place: Place | None = None) -> Model:
             if (found := tensors.entries[names[name]].shape) != tuple(parameter.shape):
                 raise BadInput(f"{folder}: weights and config.json do not fit: {name} is {found}: copy it again")
             weights[name] = put(name, tensors.read(names[name], torch.float32))
+            log.debug("read %s", name)
     model.load_state_dict(weights, assign=True)
     return model.eval()
 
@@ -317,8 +327,16 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def digest(path: Path) -> str:
+    found = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        size = os.fstat(file.fileno()).st_size
+        # Mapped and in large pieces: to read smaller ones would ask for the interpreter's lock at each.
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else memoryview(b"") as data:
+            for at in range(0, size, HASHED):
+                with memoryview(data)[at : at + HASHED] as piece:
+                    found.update(piece)
+                log.debug("checked %s up to byte %d", path.name, min(at + HASHED, size))
+    return found.hexdigest()
 
 
 def seal(meta: Mapping[str, object]) -> str:

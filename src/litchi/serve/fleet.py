@@ -8,38 +8,29 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import logging
-import os
-import socket
-import subprocess
-import sys
-import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from litchi.config import BadInput, plain
+from litchi.config import BadInput
 from litchi.model.weights import load_config, load_processor, read_meta
 from litchi.schema.request import Completion, Delta, Request
 from litchi.schema.sample import Text
 from litchi.serve.asking import Asking
-from litchi.serve.pipe import Pipe, read, written
+from litchi.serve.keeper import Keeper, Member
+from litchi.serve.pipe import read, written
 from litchi.serve.receipts import Origin
 from litchi.serve.solo import Put
 
 if TYPE_CHECKING:
     from litchi.serve.run import ServeConfig
 
-log = logging.getLogger("litchi.serve")
-
 TRIES = 3
 """Workers that may die of one request before it is refused: it may be what kills them."""
-STILLBORN = 3
-"""Workers in a row that may die before they are ready."""
 SLACK = 4
 """Requests more than the idlest that a worker may have and still be preferred for what it has read before."""
 BEGINNINGS = 4096
@@ -70,22 +61,6 @@ class Ask:
         return self.deaths == TRIES - 1
 
 
-@dataclass(eq=False, slots=True)
-class Member:
-    """One worker, from its start to its death."""
-
-    place: int
-    process: subprocess.Popen
-    pipe: Pipe
-    asked: dict[int, Ask] = field(default_factory=dict)
-    ready: bool = False
-    origin: Origin | None = None
-    load: dict[str, int] = field(default_factory=dict)
-    """What its engine has to do and has done, as it last said."""
-    moved: float = field(default_factory=time.monotonic)
-    """When it last had nothing to do, or had done something."""
-
-
 class Shape:
     """As much of a network as the door asks for: how it is made."""
 
@@ -95,25 +70,19 @@ class Shape:
         self.config = load_config(folder)
 
 
-class Fleet(Asking):
+class Fleet(Keeper, Asking):
     """An `Answerer` whose engines are processes."""
 
     def __init__(self, folder: Path, config: ServeConfig) -> None:
-        self.folder, self.config, self.model = folder, config, Shape(folder)
-        self.members: list[Member] = []
+        super().__init__(folder, config)
+        self.model = Shape(folder)
         self.homeless: OrderedDict[int, Ask] = OrderedDict()
         """Who waits for a worker."""
         self.homes: OrderedDict[bytes, int] = OrderedDict()
         """By the beginning of a document, the place of the worker that read it last."""
         self.numbers = itertools.count()
-        self.changed = threading.Condition(threading.RLock())
-        self.closing = False
-        self.fault = ""
-        """Why there are no workers any more."""
         self.known: Origin | None = None
         self.mode = "starting"
-        self.stillborn = self.restarts = 0
-        self.watcher = threading.Thread(target=self.watch, name="litchi-watch", daemon=True)
 
     # ---- what the door asks ----
 
@@ -133,10 +102,6 @@ class Fleet(Asking):
     def origin(self) -> Origin | None:
         return self.known
 
-    @property
-    def alive(self) -> bool:
-        return not self.fault and not self.closing
-
     def gauges(self) -> dict[str, float]:
         """Of workers and, added up, of their engines."""
         with self.changed:
@@ -153,40 +118,15 @@ class Fleet(Asking):
 
     def start(self) -> Fleet:
         """Returns when one worker is ready. Raises BadInput with what it says if it cannot be."""
-        with self.changed:
-            if not self.members and not self.closing:
-                for place in range(self.config.workers):
-                    self.launch(place)
-                self.watcher.start()
-            self.changed.wait_for(lambda: self.fault or any(member.ready for member in self.members))
-        if self.fault:
-            self.close()
-            raise BadInput(self.fault)
+        self.begin()
         return self
-
-    def close(self) -> None:
-        """Tell everybody that it ends, and the workers by closing their pipes."""
-        with self.changed:
-            self.closing = True
-            self.changed.notify_all()
-            members, asks = list(self.members), list(self.homeless.values())
-            self.homeless.clear()
-        for ask in asks:
-            self.end(ask, None)
-        for member in members:
-            member.pipe.shut()
-        for member in members:
-            try:
-                member.process.wait(timeout=5)
-            except subprocess.TimeoutExpired:
-                member.process.kill()
-                member.process.wait()
 
     def submit(self, request: Request, put: Put, *, stream: bool) -> Ask:
         ask = Ask(next(self.numbers), request, put, stream)
-        if not self.alive:
-            raise BadInput(self.fault or "the workers are closing: ask again later")
-        self.place(ask)
+        with self.changed:
+            if not self.alive:
+                raise BadInput(self.fault or "the workers are closing: ask again later")
+            self.place(ask)
         return ask
 
     def cancel(self, ticket: Ask) -> None:
@@ -240,21 +180,7 @@ class Fleet(Asking):
             ask.over = True
         ask.put(error)
 
-    # ---- the life of a worker ----
-
-    def launch(self, place: int) -> None:
-        member = launched(place, self.folder, self.config)
-        self.members.append(member)
-        threading.Thread(target=self.listen, args=(member,), name=f"litchi-worker-{place}", daemon=True).start()
-
-    def listen(self, member: Member) -> None:
-        while (message := member.pipe.receive()) is not None:
-            try:
-                self.hear(member, message)
-            except Exception:  # a message that cannot be read is a worker that cannot be trusted
-                log.exception("worker %d said what nobody understands", member.place)
-                break
-        self.lost(member)
+    # ---- what becomes of workers ----
 
     def hear(self, member: Member, message: dict[str, Any]) -> None:
         match message:
@@ -267,11 +193,11 @@ class Fleet(Asking):
                     return
                 ask.heard += 1
                 ask.put(read(piece, Delta, Completion))
-            case {"of": number, "end": end}:
+            case {"of": number, "end": told}:
                 with self.changed:
                     ask = member.asked.pop(number, None)
                 if ask is not None:
-                    self.end(ask, None if end is None else error_of(end))
+                    self.end(ask, None if told is None else error_of(told))
                 if self.homeless:
                     self.settle()
             case {"beat": load}:
@@ -279,36 +205,19 @@ class Fleet(Asking):
                     member.moved = time.monotonic()
                 member.load = load
             case {"ready": origin, "mode": mode}:
-                self.mode = mode
-                self.welcome(member, None if origin is None else Origin(**origin))
-            case {"failed": [kind, text]}:
-                self.give_up(text if kind == "input" else f"a worker cannot start ({kind}: {text}): see its log")
+                self.mode, self.known = mode, None if origin is None else Origin(**origin)
+                self.welcome(member, self.known)
+                self.settle()
 
-    def welcome(self, member: Member, origin: Origin | None) -> None:
-        with self.changed:
-            member.origin, member.ready, member.moved, self.stillborn = origin, True, time.monotonic(), 0
-            self.known = origin
-            self.changed.notify_all()
-        self.settle()
-
-    def lost(self, member: Member) -> None:
-        """A worker's pipe has ended: it is dead or dying. Another takes its place, and others what it had begun."""
-        member.process.kill()
-        code = member.process.wait()
-        member.pipe.shut()
-        with self.changed:
-            if member.ready and not self.closing:
-                log.warning("worker %d ended (%s), %d unanswered; restarting it", member.place, code, len(member.asked))
-            self.members.remove(member)
-            orphans = list(member.asked.values())
-            self.stillborn += not member.ready
-            if self.stillborn >= STILLBORN:
-                self.give_up(f"{STILLBORN} workers in a row ended ({code}) before they were ready: see their log")
-            if self.alive:
-                self.restarts += 1
-                self.launch(member.place)
-        for ask in orphans:
+    def orphaned(self, member: Member) -> None:
+        for ask in list(member.asked.values()):
             self.save(ask, member)
+
+    def drop(self, error: BaseException | None) -> None:
+        with self.changed:
+            waited, self.homeless = list(self.homeless.values()), OrderedDict()
+        for ask in waited:
+            self.end(ask, error)
 
     def save(self, ask: Ask, member: Member) -> None:
         """Have a request answered that died with its worker."""
@@ -322,46 +231,10 @@ class Fleet(Asking):
             self.end(ask, RuntimeError("a worker died in the middle of an answer that cannot be made again alike"))
         else:
             ask.skip = ask.heard
-            self.place(ask)
-
-    def give_up(self, fault: str) -> None:
-        with self.changed:
-            self.fault = self.fault or fault
-            waited, self.homeless = list(self.homeless.values()), OrderedDict()
-            self.changed.notify_all()
-        for ask in waited:
-            self.end(ask, RuntimeError(fault))
-
-    def watch(self) -> None:
-        """Kill who has work and does not get on with it."""
-        while True:
             with self.changed:
-                if self.changed.wait_for(lambda: self.closing, timeout=1.0):
-                    return
-                members = [member for member in self.members if member.ready]
-            for member in members:
-                still = time.monotonic() - member.moved
-                if still > self.config.worker_patience:
-                    log.error("worker %d has done nothing for %.0f s: killed", member.place, still)
-                    member.process.kill()
-
-
-def launched(place: int, folder: Path, config: ServeConfig) -> Member:
-    """A process that has been told what to serve."""
-    ours, theirs = socket.socketpair()
-    threads = max(1, (os.cpu_count() or 1) // (config.workers * config.tensor))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "litchi.serve.member", str(theirs.fileno())],
-        pass_fds=[theirs.fileno()],
-        stdin=subprocess.DEVNULL,
-        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-        start_new_session=True,  # an interrupt at the keyboard is the door's to hear
-    )
-    theirs.close()
-    member = Member(place, process, Pipe(ours))
-    told = plain(replace(config, api_key=""), type(config))
-    member.pipe.send({"folder": str(folder), "serve": told, "threads": threads, "place": place})
-    return member
+                self.place(ask)
+                if not self.alive:  # it ended in the meantime
+                    self.drop(None)
 
 
 def beginning(request: Request) -> bytes:

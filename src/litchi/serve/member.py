@@ -5,6 +5,7 @@ It ends with the door: when the other end of the pipe is gone, nobody waits for 
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import sys
@@ -36,6 +37,9 @@ def main() -> None:
     task = pipe.receive()
     if task is None:
         return
+    starting = logging.getLogger("litchi.start")
+    starting.setLevel(logging.DEBUG)
+    starting.addHandler(Teller(pipe))
     try:
         engine = begin(task)
     except Exception as error:
@@ -54,6 +58,17 @@ def begin(task: dict[str, Any]) -> Engine:
         torch.set_num_threads(task["threads"])
     config = parse(ServeConfig, task["serve"], "serve")
     return load_engine(Path(task["folder"]), config, task["place"]).start()
+
+
+class Teller(logging.Handler):
+    """Tells the door what is done while the worker starts: silence is how it knows a start that hangs."""
+
+    def __init__(self, pipe: Pipe) -> None:
+        super().__init__()
+        self.pipe = pipe
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.pipe.send({"doing": record.getMessage()})
 
 
 class Answers:

@@ -6,6 +6,7 @@ what proves it are the schedules of `bench/fuzz_engine.py` on a machine of the s
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Sequence
 from itertools import pairwise
@@ -17,6 +18,8 @@ from litchi.model import exact
 from litchi.schema.processor import Builder, Processor
 from litchi.serve.pages import Pages
 from litchi.serve.runner import Piece, Runner, TorchRunner
+
+log = logging.getLogger("litchi.start")
 
 MAX_ADAPTERS = 4
 """Adapters that are looked at: many are alike."""
@@ -41,6 +44,7 @@ def broken(runner: Runner, processor: Processor, vocab_size: int, page: int, ada
     cuts = (*(cut for cut in cuts if cut < length), length)
     pages = Pages(*runner.room(4 * (1 + length // page) + 1, page), clear=runner.clear)
     rng = random.Random(0)
+    log.debug("made room for what is looked at")
     document, neighbour = (drawn(processor, vocab_size, rng, length) for _ in range(2))
     held = [[pages.take() for _ in range(1 + length // page)] for _ in range(3)]
     whole = torch.empty(0)
@@ -54,6 +58,7 @@ def broken(runner: Runner, processor: Processor, vocab_size: int, page: int, ada
                 Piece(document, start, stop, held[2], rows=stop - start, adapter=name),
             ]
             found = runner.run(pieces, pages)[1]
+            log.debug("looked at tokens %d to %d", start, stop)
             if found is None or not same(found, whole[start:stop]):
                 return f"a hidden state read as one of {stop - start} beside others{name and f' with {name!r}'}"
     scores = runner.logits(whole)

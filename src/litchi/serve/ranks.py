@@ -48,8 +48,8 @@ def muster(folder: Path, config: ServeConfig, number: int = 0) -> World:
     told = {"folder": str(folder), "serve": plain(config, type(config)), "threads": torch.get_num_threads()}
     for rank in range(1, size):
         process = subprocess.Popen(
-            [sys.executable, "-m", "litchi.serve.ranks"], stdin=subprocess.PIPE, text=True, start_new_session=True
-        )
+            [sys.executable, "-m", "litchi.serve.ranks"], stdin=subprocess.PIPE, text=True
+        )  # in the worker's group of processes, which its supervisor ends as one
         assert process.stdin is not None
         process.stdin.write(json.dumps(told | {"rank": rank, "place": str(place), "number": number + rank}) + "\n")
         process.stdin.flush()  # and stays open: its end is ours

@@ -3,8 +3,9 @@
 A request comes through `http` (the OpenAI endpoints, the world sessions, the page), is checked by `guard`, `limits` and
 `wire`, passes `worker`, which bounds how many are inside, is answered by the `engine` beside others (its
 `scheduler` chooses who reads, `guess` what is read ahead, its `runner` computes), and leaves as `answers` writes it.
-With workers the engines are processes (`member`), each at the end of a `pipe`, under the supervisor in `fleet`; several
-ranks of one worker share the network (`ranks`, `tensor`). Any other `Sampler` answers one at a time behind `solo`.
+With workers the engines are processes (`member`), each at the end of a `pipe`, whose lives `keeper` keeps and whom
+`fleet` asks; several ranks of one worker share the network (`ranks`, `tensor`). Any other `Sampler` answers one at a
+time behind `solo`.
 `fetch` and `films` bring pictures in, `darkroom` decodes them, `swaps` brings other weights. Which model and which
 simulator stand behind the door is the caller's choice.
 """
@@ -62,6 +63,8 @@ class ServeConfig:
     """Processes of a worker that share out every matrix between them; more than 1 makes at least one worker."""
     worker_patience: float = 120.0
     """Seconds after which a worker that has work and does not get on with it is replaced."""
+    start_patience: float = 300.0
+    """Seconds after which a worker that starts, and has not got a tensor or 64 MiB further since, is replaced."""
     checkpoints: tuple[str, ...] = ()
     """Folders whose weights may take the place of those that answer, by `POST /v1/weights`; asks for an `api_key`."""
     drain: float = 30.0
@@ -120,7 +123,7 @@ class Door:
 
 
 def run(config: ServeConfig, sampler: Sampler | Fleet, make_room: MakeRoom) -> None:
-    """Serve until interrupted. Raises BadInput if the address cannot be had."""
+    """Serve until interrupted. Raises BadInput if the address cannot be had, or no worker starts any more."""
     uvicorn = need("serve", "uvicorn")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if config.host not in LOOPBACK and not config.api_key:
@@ -131,8 +134,18 @@ def run(config: ServeConfig, sampler: Sampler | Fleet, make_room: MakeRoom) -> N
     listener = bind(config.host, config.port)
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
+    faults: list[str] = []
+
+    def ended(fault: str) -> None:
+        faults.append(fault)
+        server.should_exit = True
+
+    if isinstance(sampler, Fleet):
+        sampler.ended = ended
     print(f"Litchi serves {config.model!r}. Page: http://{shown}:{port}/  API: http://{shown}:{port}/v1", flush=True)
     server.run(sockets=[listener])
+    if faults:
+        raise BadInput(faults[0])
 
 
 @contextmanager

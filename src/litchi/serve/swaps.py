@@ -18,6 +18,7 @@ from litchi.config import BadInput
 from litchi.schema.foreign import ForeignProcessor
 from litchi.serve.exchange import Desk
 from litchi.serve.fields import Fields
+from litchi.serve.fleet import Fleet
 from litchi.serve.limits import read_body, read_json
 from litchi.serve.loading import load_answerer
 from litchi.serve.wire import Missing
@@ -64,6 +65,8 @@ class Swaps:
             if fault := differs(desk.worker.sampler, fresh):
                 await to_thread.run_sync(fresh.close)
                 raise BadInput(f"{name} {fault}: start another server for it")
+            if isinstance(fresh, Fleet) and isinstance(old := desk.worker.answerer, Fleet):
+                fresh.ended = old.ended
             desk.worker.swap(fresh)
             self.shown = name
         return JSONResponse(self.state() | {"seconds": round(time.monotonic() - began, 3)})
