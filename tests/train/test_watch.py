@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -137,7 +138,10 @@ def test_calls_of_a_thread_that_runs_on_are_calls() -> None:
 
     thread = threading.Thread(target=busy)
     thread.start()
-    seen = [stacks()[thread.ident or 0] for _ in range(300)]
+    seen = []
+    for _ in range(300):
+        seen.append(stacks()[thread.ident or 0])
+        over.wait(0.0001)  # or it would not run on
     over.set()
     thread.join()
     for stack in seen:
@@ -145,6 +149,36 @@ def test_calls_of_a_thread_that_runs_on_are_calls() -> None:
         assert names in [["inner"] * n + ["busy"] for n in range(8)], names
         assert stack[-1].function == "_bootstrap"
     assert len({len(stack) for stack in seen}) > 2
+
+
+ENTERING = """
+import ctypes, threading, time
+from litchi.train.calls import stacks
+
+libc, over = ctypes.CDLL(None), threading.Event()
+enter = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(lambda _: None)
+
+def breed():
+    while not over.is_set():
+        thread = ctypes.c_ulong()
+        if not libc.pthread_create(ctypes.byref(thread), None, enter, None):
+            libc.pthread_join(thread, None)
+
+breeders = [threading.Thread(target=breed) for _ in range(4)]
+for breeder in breeders:
+    breeder.start()
+until = time.monotonic() + 3
+while time.monotonic() < until:
+    found = stacks()
+    assert all("breed" in {call.function for call in found[breeder.ident]} for breeder in breeders)
+over.set()
+"""
+
+
+def test_stacks_are_seen_while_threads_of_other_libraries_come_and_go() -> None:
+    """Each enters the list of Python's threads without the interpreter's lock, as torch's do in a backward pass."""
+    asked = subprocess.run([sys.executable, "-c", ENTERING], capture_output=True, text=True, check=False)
+    assert asked.returncode == 0, (asked.returncode, asked.stderr)
 
 
 def test_a_torn_or_missing_standing_is_no_standing(tmp_path: Path) -> None:
@@ -168,7 +202,7 @@ def test_a_rank_writes_where_it_stands(tmp_path: Path) -> None:
     with Watch(World(), tmp_path, WatchConfig(sample=0.001, beat=0.001), model) as watch:
         watch.step(7)
         module, line = model[0]()
-        assert module == "0" and line == f"src/litchi/train/calls.py:{line.split(':')[1].split()[0]} in stacks"
+        assert module == "0" and line == f"src/litchi/train/calls.py:{line.split(':')[1].split()[0]} in walk"
         with watch.during("save"):
             until = time.monotonic() + 10
             while (saving := here(tmp_path)).phase != "save" and time.monotonic() < until:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import faulthandler
-import re
-import tempfile
+import gc
+import sys
 import traceback
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import lru_cache
+from itertools import accumulate, chain, repeat, starmap
+from operator import attrgetter, itemgetter
 from pathlib import Path
-from types import TracebackType
-from typing import NamedTuple
-
-THREAD = re.compile(r"(?:Current thread|Thread) 0x([0-9a-f]+)")
-CALL = re.compile(r'  File "(.*)", line (\d+) in (.*)')
+from types import FrameType, TracebackType
+from typing import Any, NamedTuple
 
 
 class Call(NamedTuple):
@@ -34,24 +34,42 @@ Stack = tuple[Call, ...]
 
 
 def stacks() -> dict[int, Stack]:
-    """The calls of each thread by its ident.
-
-    faulthandler notes them all while nothing runs. To walk from frame to frame would not do: a thread that runs on
-    takes its frames away, and in CPython 3.11 `f_back` then gives whatever lies there.
-    """
-    with tempfile.TemporaryFile() as file:
-        faulthandler.dump_traceback(file, all_threads=True)
-        file.seek(0)
-        said = file.read().decode(errors="replace")
-    found: dict[int, Stack] = {}
-    ident = 0
-    for line in said.splitlines():
-        if thread := THREAD.match(line):
-            ident = int(thread[1], 16)
-            found[ident] = ()
-        elif found and (call := CALL.match(line)):
-            found[ident] += (Call(call[1], int(call[2]), call[3]),)
+    """The calls of each thread by its ident, each as it stood at one moment."""
+    found = {}
+    for ident in sys._current_frames():
+        seen = walk(ident, attrgetter("f_code", "f_lineno"))
+        found[ident] = tuple(Call(code.co_filename, number, code.co_name) for code, number in seen)
     return found
+
+
+def walk(ident: int, read: Callable[[FrameType], Any]) -> list[Any]:
+    """What `read`, which must be a function of C, finds in each frame of a thread, the innermost first.
+
+    It is all done within one call of C, so that no thread runs in between. One that ran on would take its frames away,
+    and in CPython 3.11 `f_back` then gives whatever lies there. faulthandler notes stacks at one moment too, but walks
+    the list of threads without its lock, and dies of a thread of torch's that is being entered there: a null pointer.
+    """
+    inner = map(itemgetter(ident), starmap(sys._current_frames, [()]))
+    outwards = accumulate(chain(inner, repeat("f_back")), getattr)  # frame, frame.f_back, ..., None
+    found: list[Any] = []
+    collects = gc.isenabled()
+    gc.disable()  # a collection may run Python, and another thread with it
+    try:
+        with suppress(AttributeError, KeyError):  # None has no callers; the thread has ended
+            found.extend(map(read, outwards))
+    finally:
+        if collects:
+            gc.enable()
+    return found
+
+
+def shown(threads: Mapping[int, Stack]) -> str:
+    """The stacks of threads as Python shows them."""
+    lines = []
+    for ident, stack in threads.items():
+        lines += ["", f"Thread 0x{ident:016x} (most recent call first):"]
+        lines += [f'  File "{call.path}", line {call.number} in {call.function}' for call in stack]
+    return "\n".join([*lines[1:], ""])
 
 
 def stack_of(trace: TracebackType | None) -> Stack:

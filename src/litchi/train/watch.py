@@ -6,7 +6,6 @@ the run, which all ranks share; nothing is sent, so that it works when sending d
 
 from __future__ import annotations
 
-import faulthandler
 import os
 import socket
 import statistics
@@ -15,8 +14,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from types import TracebackType
 
@@ -36,7 +36,7 @@ from litchi.train.blame import (
     straggling,
     write_standing,
 )
-from litchi.train.calls import Stack, stack_of, stacks
+from litchi.train.calls import Stack, shown, stack_of, stacks, walk
 
 FOLDER = "ranks"
 """Below the folder of a run, where ranks write of themselves."""
@@ -190,8 +190,8 @@ class Watch:
         """Write where this rank stands, name whom it waits for, and end the process so that all are started again."""
         line, collective = self.located()
         self.write(self.standing(line=line, collective=collective, module=self.module()))
-        with standing_path(self.folder, self.rank).with_suffix(".trace").open("w") as file:
-            faulthandler.dump_traceback(file, all_threads=True)
+        with suppress(OSError):  # a full disk must not keep it from ending
+            standing_path(self.folder, self.rank).with_suffix(".trace").write_text(shown(stacks()))
         time.sleep(self.config.grace)
         standings = read_standings(self.folder, self.size)
         silent = self.limit() / 2
@@ -241,12 +241,10 @@ class Watch:
 
     def module(self) -> str:
         """The innermost module of the network whose forward the main thread, which hangs, is in."""
-        frame = sys._current_frames().get(self.main or 0)
-        while frame is not None:
-            found = frame.f_locals.get("self")
+        for variables in walk(self.main or 0, attrgetter("f_locals")):
+            found = variables.get("self")
             if isinstance(found, nn.Module):
                 return self.names.get(id(found)) or type(found).__name__
-            frame = frame.f_back
         return ""
 
 
