@@ -25,7 +25,6 @@ from litchi.config import BadInput
 from litchi.model import autoencoder, taesd, wan
 from litchi.model.autoencoder import FLUX, SD3, SD15, SDXL, KLAutoencoder, KLConfig, kl_places, read_kl, write_kl
 from litchi.model.codec import check_size, to_bytes
-from litchi.model.convert import read_json
 from litchi.model.taesd import TinyAutoencoder, TinyConfig, infer_tiny, read_tiny, tiny_places, write_tiny
 from litchi.model.tensorfile import open_tensors
 from litchi.model.transfer import Place, adopt, export, read_weights

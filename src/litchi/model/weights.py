@@ -10,14 +10,12 @@ No pickle anywhere: a load runs no code from the folder.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import mmap
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +31,7 @@ from litchi.model.efficientnet import from_tensors
 from litchi.model.eye import NAME, FrozenEye, FrozenEyeConfig
 from litchi.model.latent import LatentCodec, LatentCodecConfig, keep_codec, kept_codec
 from litchi.model.network import Mask, Model, ModelConfig
+from litchi.model.seal import FORMAT, check_files, digest, read_meta, seal
 from litchi.model.tensorfile import open_tensors
 from litchi.schema.backends import from_file
 from litchi.schema.foreign import ChatConfig, ForeignProcessor, ForeignTokenizer
@@ -42,9 +41,7 @@ from litchi.schema.sight import Sight, SightConfig
 from litchi.schema.tokenizer import Tokenizer
 
 log = logging.getLogger("litchi.start")
-"""Told, at the level of debugging, how far a load is: who waits for a worker's start listens."""
 
-FORMAT = 1
 ORIGINAL = "original.json"
 """The config.json of a model that others trained, kept beside ours: it is given back on the way out."""
 EYE = "eye.safetensors"
@@ -53,9 +50,6 @@ CODEC = "codec.safetensors"
 """The weights with which pictures are coded."""
 PREPROCESSOR = "preprocessor_config.json"
 """The same for how it looks at pictures."""
-
-HASHED = 1 << 26
-"""Bytes that are hashed at a time."""
 
 GOLDEN_TOLERANCE = 2e-3
 """Largest difference of golden logits in fp32; machines differ in the order of their sums."""
@@ -195,16 +189,20 @@ Place = Callable[[Model], Callable[[str, Tensor], Tensor]]
 """For a network without weights: where each parameter goes, by its name, and in which type."""
 
 
-def load(folder: Path, *, check: bool = True, place: Place | None = None) -> Checkpoint:
+def load(
+    folder: Path, *, check: bool = True, place: Place | None = None, checked: Future[None] | None = None
+) -> Checkpoint:
     """Read a checkpoint in fp32. Raises BadInput, naming the file and the mend, if anything is missing or changed.
 
     With `place` parameters lie where that has them; golden logits, which are of fp32 on a CPU, are then not compared.
+    `checked` is a check of its files that has been begun already (`seal.begin_check`).
     """
     meta = read_meta(folder)
     if not (folder / "model").is_dir():
         raise BadInput(f"{folder} holds no network, but {meta.get('family', 'something else')}: name a checkpoint")
     with ThreadPoolExecutor(2) as beside:  # hashing and copying hold nobody up
-        checked = beside.submit(check_files, folder, meta if check else {"files": {}})
+        if checked is None:
+            checked = beside.submit(check_files, folder, meta if check else {"files": {}})
         processor = beside.submit(load_processor, folder / "processor")
         try:
             model = load_model(folder, place)
@@ -258,32 +256,6 @@ def load_config(folder: Path) -> ModelConfig:
     return from_json(ModelConfig, (folder / "model" / "config.json").read_text())
 
 
-def read_meta(folder: Path) -> dict:
-    path = folder / "meta.json"
-    if not path.is_file():
-        raise BadInput(f"{folder} is no checkpoint: it has no meta.json; name a folder that `litchi train` wrote")
-    try:
-        meta = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path} is not JSON ({error}): copy the checkpoint again") from error
-    if not isinstance(meta, dict):
-        raise BadInput(f"{path} is no JSON object: copy the checkpoint again")
-    if meta.get("format") != FORMAT:
-        raise BadInput(f"{path}: format {meta.get('format')!r}, this version reads {FORMAT}: update litchi")
-    if meta.pop("sha256", None) not in (None, seal(meta)):  # older checkpoints have no seal
-        raise BadInput(f"{path} has changed since it was saved (SHA-256 differs): copy the checkpoint again")
-    return meta
-
-
-def check_files(folder: Path, meta: dict) -> None:
-    for name, expected in meta["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise BadInput(f"{folder}: {name} is missing: copy the checkpoint again")
-        if digest(path) != expected:
-            raise BadInput(f"{path} has changed since it was saved (SHA-256 differs): copy the checkpoint again")
-
-
 def load_processor(folder: Path) -> Processor:
     config = from_json(ProcessorConfig, (folder / "processor.json").read_text())
     codec = load_codec(config.codec, folder / CODEC)
@@ -324,24 +296,6 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, FileNotFoundError) as error:
         raise BadInput(f"{path} cannot be read ({error}): copy the checkpoint again") from error
-
-
-def digest(path: Path) -> str:
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        # Mapped and in large pieces: to read smaller ones would ask for the interpreter's lock at each.
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else memoryview(b"") as data:
-            for at in range(0, size, HASHED):
-                with memoryview(data)[at : at + HASHED] as piece:
-                    found.update(piece)
-                log.debug("checked %s up to byte %d", path.name, min(at + HASHED, size))
-    return found.hexdigest()
-
-
-def seal(meta: Mapping[str, object]) -> str:
-    """The SHA-256 of what meta.json says, whatever its spaces: it cannot hold that of its own bytes."""
-    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 # ---- names --------------------------------------------------------------------------------------------------------
