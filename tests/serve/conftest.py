@@ -6,6 +6,7 @@ that a prompt names, and foresees a world whose only object walks one tile by ea
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -231,6 +232,7 @@ def served_folder(served_by) -> Callable[[Path], AbstractContextManager]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("litchi.serve.run.run", lambda config, sampler, room: found.extend((config, sampler, room)))
             assert main(["serve", str(folder), *(word for each in settings for word in ("--set", each))]) == 0
+        gc.unfreeze()  # what other tests have left is garbage
         config, sampler, room = found
         kept = {each.name: getattr(config, each.name) for each in fields(config) if each.name != "port"}
         return served_by(sampler, room, **kept)

@@ -219,6 +219,8 @@ def read_codec(
 ) -> LatentCodec:
     """What `load_autoencoder` reads, as a codec that remembers how it came."""
     if path.is_dir() and (path / "config.json").is_file():
+        from litchi.model.convert import read_json  # late: it knows every family, and a server starts without
+
         config = config or read_autoencoder(read_json(path / "config.json"))
         file = weights_in(path)
         form, stem, tensors = "folder", WEIGHTS[0].partition(".")[0], read_weights(file)

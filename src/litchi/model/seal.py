@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, and whether its files are those that were saved: SHA-256 of each, and of what is said.
+"""What a checkpoint says of itself, and whether its files are those that were saved, by the SHA-256 of each.
 
 Nothing here needs torch, so that a check can run while torch is still being imported.
 """
@@ -12,7 +12,6 @@ import mmap
 import os
 import threading
 from collections.abc import Mapping
-from concurrent.futures import Future
 from pathlib import Path
 
 from litchi.config import BadInput
@@ -25,20 +24,31 @@ HASHED = 1 << 26
 """Bytes that are hashed at a time."""
 
 
-def begin_check(folder: Path) -> Future[None]:
-    """`check_files` in a thread of its own; the result raises BadInput, for a meta.json that cannot be read as well."""
-    found: Future[None] = Future()
+class Check:
+    """`check_files` of a folder, in a thread of its own."""
 
-    def check() -> None:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.error: Exception | None = None
+        self.unwanted = threading.Event()
+        self.thread = threading.Thread(target=self.work, name="litchi-check")
+        self.thread.start()
+
+    def result(self) -> None:
+        """Waits. Raises BadInput, naming the file, for one that is missing or has changed."""
+        self.thread.join()
+        if self.error is not None:
+            raise self.error
+
+    def leave(self) -> None:
+        """Nobody will ask for the result any more."""
+        self.unwanted.set()
+
+    def work(self) -> None:
         try:
-            check_files(folder, read_meta(folder))
-        except BaseException as error:
-            found.set_exception(error)
-        else:
-            found.set_result(None)
-
-    threading.Thread(target=check, name="litchi-check", daemon=True).start()
-    return found
+            check_files(self.folder, read_meta(self.folder), self.unwanted)
+        except Exception as error:
+            self.error = error
 
 
 def read_meta(folder: Path) -> dict:
@@ -58,22 +68,28 @@ def read_meta(folder: Path) -> dict:
     return meta
 
 
-def check_files(folder: Path, meta: dict) -> None:
+def check_files(folder: Path, meta: dict, unwanted: threading.Event | None = None) -> None:
+    """Raises BadInput. Ends early, and knows nothing, once it is `unwanted`."""
     for name, expected in meta["files"].items():
         path = folder / name
         if not path.is_file():
             raise BadInput(f"{folder}: {name} is missing: copy the checkpoint again")
-        if digest(path) != expected:
+        found = digest(path, unwanted)
+        if unwanted is not None and unwanted.is_set():
+            return
+        if found != expected:
             raise BadInput(f"{path} has changed since it was saved (SHA-256 differs): copy the checkpoint again")
 
 
-def digest(path: Path) -> str:
+def digest(path: Path, unwanted: threading.Event | None = None) -> str:
     found = hashlib.sha256()
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         # Mapped and in large pieces: to read smaller ones would ask for the interpreter's lock at each.
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else memoryview(b"") as data:
             for at in range(0, size, HASHED):
+                if unwanted is not None and unwanted.is_set():
+                    break
                 with memoryview(data)[at : at + HASHED] as piece:
                     found.update(piece)
                 log.debug("checked %s up to byte %d", path.name, min(at + HASHED, size))

@@ -15,7 +15,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from litchi.model.efficientnet import from_tensors
 from litchi.model.eye import NAME, FrozenEye, FrozenEyeConfig
 from litchi.model.latent import LatentCodec, LatentCodecConfig, keep_codec, kept_codec
 from litchi.model.network import Mask, Model, ModelConfig
-from litchi.model.seal import FORMAT, check_files, digest, read_meta, seal
+from litchi.model.seal import FORMAT, Check, check_files, digest, read_meta, seal
 from litchi.model.tensorfile import open_tensors
 from litchi.schema.backends import from_file
 from litchi.schema.foreign import ChatConfig, ForeignProcessor, ForeignTokenizer
@@ -189,25 +189,22 @@ Place = Callable[[Model], Callable[[str, Tensor], Tensor]]
 """For a network without weights: where each parameter goes, by its name, and in which type."""
 
 
-def load(
-    folder: Path, *, check: bool = True, place: Place | None = None, checked: Future[None] | None = None
-) -> Checkpoint:
+def load(folder: Path, *, check: bool = True, place: Place | None = None, checked: Check | None = None) -> Checkpoint:
     """Read a checkpoint in fp32. Raises BadInput, naming the file and the mend, if anything is missing or changed.
 
     With `place` parameters lie where that has them; golden logits, which are of fp32 on a CPU, are then not compared.
-    `checked` is a check of its files that has been begun already (`seal.begin_check`).
+    `checked` is a check of its files that has been begun already.
     """
     meta = read_meta(folder)
     if not (folder / "model").is_dir():
         raise BadInput(f"{folder} holds no network, but {meta.get('family', 'something else')}: name a checkpoint")
     with ThreadPoolExecutor(2) as beside:  # hashing and copying hold nobody up
-        if checked is None:
-            checked = beside.submit(check_files, folder, meta if check else {"files": {}})
+        files = checked or beside.submit(check_files, folder, meta if check else {"files": {}})
         processor = beside.submit(load_processor, folder / "processor")
         try:
             model = load_model(folder, place)
         finally:
-            checked.result()  # what is known of a changed file goes before what it made of the load
+            files.result()  # what is known of a changed file goes before what it made of the load
     log.debug("read the network")
     if (
         check
@@ -260,7 +257,7 @@ def load_processor(folder: Path) -> Processor:
     config = from_json(ProcessorConfig, (folder / "processor.json").read_text())
     codec = load_codec(config.codec, folder / CODEC)
     if config.chat is not None:
-        tokenizer = ForeignTokenizer(from_file(folder / "tokenizer.json"), config.chat)
+        tokenizer = ForeignTokenizer(from_file(folder / "tokenizer.json"), config.chat, take=True)
         match config.eye:
             case None:
                 eye = None

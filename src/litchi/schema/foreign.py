@@ -34,8 +34,9 @@ class ChatConfig:
 class ForeignTokenizer(Tokenizer):
     """A tokenizer with control tokens of its own; those of ours that it lacks are -1, an id that nothing samples."""
 
-    def __init__(self, backend: Backend, config: ChatConfig) -> None:
-        backend = Backend.from_str(backend.to_str())
+    def __init__(self, backend: Backend, config: ChatConfig, *, take: bool = False) -> None:
+        """`take`: nobody else has `backend`, so that it need not be copied, which takes as long as to read it."""
+        backend = backend if take else Backend.from_str(backend.to_str())
         backend.encode_special_tokens = True  # a user who types a control token has typed its letters
         self.backend, self.config = backend, config
         self.picture = self.patch = -1

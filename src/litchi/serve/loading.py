@@ -8,6 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from litchi.model.seal import Check
 from litchi.model.weights import load
 from litchi.serve.draft import SAME
 from litchi.serve.engine import Engine
@@ -22,16 +23,16 @@ if TYPE_CHECKING:
     from litchi.serve.run import ServeConfig
 
 
-def load_engine(folder: Path, config: ServeConfig, place: int = 0) -> Engine:
+def load_engine(folder: Path, config: ServeConfig, place: int = 0, files: Check | None = None) -> Engine:
     """An engine in this process, which is started with the server. Raises BadInput for a folder that is not whole.
 
     With `serve.tensor` other processes are started that share the network; they end with this one. Engines in other
-    places take other GPUs, where there are more.
+    places take other GPUs, where there are more. `files` is a check of the folder's files that has been begun already.
     """
     c, number = config.engine, place * config.tensor
     where = placing(c, number)
     world = muster(folder, config, number) if config.tensor > 1 else None  # so that they load beside each other
-    loaded = load(folder, place=where)
+    loaded = load(folder, place=where, checked=files)
     draft = load(Path(c.draft), place=where) if c.guess == "draft" and c.draft not in SAME else None
     weights = sha256(json.dumps(loaded.meta["files"], sort_keys=True).encode()).hexdigest()
     adapters = load_adapters(loaded.model, config.model, config.adapters)
@@ -39,9 +40,14 @@ def load_engine(folder: Path, config: ServeConfig, place: int = 0) -> Engine:
     return Engine(loaded.model, loaded.processor, c, weights, runner, adapters, draft, take=True).look()
 
 
-def load_answerer(folder: Path, config: ServeConfig) -> Engine | Fleet:
-    """An engine, or with `serve.workers` as many processes that have one each, started and ready. Raises BadInput."""
+def load_answerer(folder: Path, config: ServeConfig, files: Check | None = None) -> Engine | Fleet:
+    """An engine, or with `serve.workers` as many processes that have one each, started and ready. Raises BadInput.
+
+    `files` is `load_engine`'s; workers check for themselves.
+    """
     check(config)
     if not config.workers and config.tensor == 1:
-        return load_engine(folder, config)
+        return load_engine(folder, config, files=files)
+    if files is not None:
+        files.leave()
     return Fleet(folder, replace(config, workers=max(config.workers, 1))).start()

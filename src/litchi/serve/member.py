@@ -14,17 +14,16 @@ import warnings
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from litchi.config import BadInput, parse
 from litchi.schema.request import Request
-from litchi.serve.engine import Engine
-from litchi.serve.loading import load_engine
 from litchi.serve.pipe import Pipe, read, written
-from litchi.serve.run import ServeConfig
-from litchi.serve.solo import Piece
+from litchi.serve.starting import starting
+
+if TYPE_CHECKING:
+    from litchi.serve.engine import Engine
+    from litchi.serve.solo import Piece
 
 BEAT = 0.5
 """Seconds between two signs of life."""
@@ -37,9 +36,9 @@ def main() -> None:
     task = pipe.receive()
     if task is None:
         return
-    starting = logging.getLogger("litchi.start")
-    starting.setLevel(logging.DEBUG)
-    starting.addHandler(Teller(pipe))
+    started = logging.getLogger("litchi.start")
+    started.setLevel(logging.DEBUG)
+    started.addHandler(Teller(pipe))
     try:
         engine = begin(task)
     except Exception as error:
@@ -54,10 +53,17 @@ def main() -> None:
 
 
 def begin(task: dict[str, Any]) -> Engine:
-    if task["threads"]:
-        torch.set_num_threads(task["threads"])
-    config = parse(ServeConfig, task["serve"], "serve")
-    return load_engine(Path(task["folder"]), config, task["place"]).start()
+    folder = Path(task["folder"])
+    with starting(folder) as check:
+        import torch
+
+        from litchi.serve.loading import load_engine
+        from litchi.serve.run import ServeConfig
+
+        if task["threads"]:
+            torch.set_num_threads(task["threads"])
+        config = parse(ServeConfig, task["serve"], "serve")
+        return load_engine(folder, config, task["place"], check).start()
 
 
 class Teller(logging.Handler):

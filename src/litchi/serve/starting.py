@@ -1,0 +1,53 @@
+"""A start does beside each other what need not wait: files are checked while torch is imported, the door while weights
+are packed.
+
+Nothing here needs torch: whoever imports this has not waited for it yet.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from litchi.model.seal import Check
+
+TURN = 0.0005
+"""Seconds that a thread keeps the interpreter while another waits: who only starts the next call of C++ has it soon."""
+DOOR = ("uvicorn", "pydantic.v1", "litchi.serve.http", "litchi.serve.patience")
+"""What the door imports; FastAPI asks for the second at its first route."""
+
+
+@contextmanager
+def starting(folder: Path) -> Iterator[Check]:
+    """Within it files of a checkpoint are being checked, and no garbage is collected, among what is made later neither.
+
+    Looking for some takes a tenth of a start, and finds none: modules and weights stay.
+    """
+    collects, turn = gc.isenabled(), sys.getswitchinterval()
+    gc.disable()
+    sys.setswitchinterval(TURN)
+    check = Check(folder)
+    try:
+        yield check
+    finally:
+        check.leave()
+        sys.setswitchinterval(turn)
+        gc.freeze()
+        if collects:
+            gc.enable()
+
+
+def import_door() -> None:
+    """In a thread of its own. What is missing is told when it is needed."""
+    threading.Thread(target=import_all, args=(DOOR,), name="litchi-imports").start()
+
+
+def import_all(modules: tuple[str, ...]) -> None:
+    with suppress(ImportError):
+        for module in modules:
+            importlib.import_module(module)
