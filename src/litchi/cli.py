@@ -168,8 +168,7 @@ def serve(args: argparse.Namespace) -> int:
         from litchi.serve.run import run as serve_run
 
         config = serve_config(checkpoint, args.settings)
-        import_door()
-        answerer = load_answerer(checkpoint, config, check)
+        answerer = load_answerer(checkpoint, config, check, import_door)
     if not answerer.processor.draws:
         config = replace(config, abilities=("see",) if answerer.processor.sees else (), side=0)
     serve_run(config, answerer, make_room)

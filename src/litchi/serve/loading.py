@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -23,16 +24,24 @@ if TYPE_CHECKING:
     from litchi.serve.run import ServeConfig
 
 
-def load_engine(folder: Path, config: ServeConfig, place: int = 0, files: Check | None = None) -> Engine:
+def load_engine(
+    folder: Path,
+    config: ServeConfig,
+    place: int = 0,
+    files: Check | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> Engine:
     """An engine in this process, which is started with the server. Raises BadInput for a folder that is not whole.
 
     With `serve.tensor` other processes are started that share the network; they end with this one. Engines in other
-    places take other GPUs, where there are more. `files` is a check of the folder's files that has been begun already.
+    places take other GPUs, where there are more. `files` is a check of the folder's files that has been begun already;
+    `meanwhile` begins what shall run while C++ packs and looks, which leaves the interpreter to others.
     """
     c, number = config.engine, place * config.tensor
     where = placing(c, number)
     world = muster(folder, config, number) if config.tensor > 1 else None  # so that they load beside each other
     loaded = load(folder, place=where, checked=files)
+    meanwhile()
     draft = load(Path(c.draft), place=where) if c.guess == "draft" and c.draft not in SAME else None
     weights = sha256(json.dumps(loaded.meta["files"], sort_keys=True).encode()).hexdigest()
     adapters = load_adapters(loaded.model, config.model, config.adapters)
@@ -40,14 +49,17 @@ def load_engine(folder: Path, config: ServeConfig, place: int = 0, files: Check 
     return Engine(loaded.model, loaded.processor, c, weights, runner, adapters, draft, take=True).look()
 
 
-def load_answerer(folder: Path, config: ServeConfig, files: Check | None = None) -> Engine | Fleet:
+def load_answerer(
+    folder: Path, config: ServeConfig, files: Check | None = None, meanwhile: Callable[[], None] = lambda: None
+) -> Engine | Fleet:
     """An engine, or with `serve.workers` as many processes that have one each, started and ready. Raises BadInput.
 
-    `files` is `load_engine`'s; workers check for themselves.
+    `files` and `meanwhile` are `load_engine`'s; workers check for themselves.
     """
     check(config)
     if not config.workers and config.tensor == 1:
-        return load_engine(folder, config, files=files)
+        return load_engine(folder, config, files=files, meanwhile=meanwhile)
+    meanwhile()
     if files is not None:
         files.leave()
     return Fleet(folder, replace(config, workers=max(config.workers, 1))).start()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from litchi.model.seal import Check
 
-TURN = 0.0005
+TURN = 0.0001
 """Seconds that a thread keeps the interpreter while another waits: who only starts the next call of C++ has it soon."""
 DOOR = ("uvicorn", "pydantic.v1", "litchi.serve.http", "litchi.serve.patience")
 """What the door imports; FastAPI asks for the second at its first route."""
