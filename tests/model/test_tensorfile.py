@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from bench.fuzz_readers import BOUND, Watch, fuzz, gguf_bytes, safetensors_bytes
 from litchi.config import BadInput
-from litchi.model.tensorfile import DTYPES, check_finite, open_folder, open_safetensors, open_tensors
+from litchi.model.tensorfile import DTYPES, MappedFile, check_finite, open_folder, open_safetensors, open_tensors
 
 OBJECTS = 2 << 20
 """Bytes that opening may take beside twice the file's: Python's objects for as many entries as any file may have."""
@@ -351,3 +351,13 @@ def test_three_thousand_broken_files_are_read_or_refused(tmp_path: Path) -> None
     tally = fuzz(3000, seed=1, folder=tmp_path)
     assert not tally.crashes
     assert tally.read > 300 and tally.refused > 1500 and tally.read + tally.refused == 3000
+
+
+def test_every_bfloat16_becomes_the_float32_that_torch_makes_of_it(tmp_path: Path) -> None:
+    """All 65536, infinities and what is no number included, from an odd byte on."""
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).view(256, 256)
+    save_file({"a": torch.zeros(3, dtype=torch.uint8), "every": every}, tmp_path / "x.safetensors")
+    with open_tensors(tmp_path / "x.safetensors") as file:
+        fast = file.read("every", torch.float32)
+        assert torch.equal(fast.view(torch.int32), every.float().view(torch.int32))
+        assert torch.equal(fast.view(torch.int32), MappedFile.read(file, "every", torch.float32).view(torch.int32))
