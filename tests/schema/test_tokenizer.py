@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
 
+from litchi.schema.chat import built, rename
 from litchi.schema.tokenizer import Tokenizer
+from tests.schema.test_chat import FAMILIES, each_case, tokenizer
 
 laws = settings(max_examples=60, deadline=None, derandomize=True)
 COLOURS = ("red", "green", "blue", "grey")
@@ -71,3 +77,14 @@ def test_phrases_survive_a_file(phrased: Tokenizer, tmp_path) -> None:
     phrased.save(tmp_path / "tokenizer.json")
     again = Tokenizer.load(tmp_path / "tokenizer.json")
     assert all(again.encode(text) == phrased.encode(text) for text in TEXTS)
+
+
+@each_case
+def test_a_tokenizer_that_is_handed_over_is_the_one_that_is_read(family: str, kind: str) -> None:
+    backend = tokenizer(kind, FAMILIES[family][3])
+    backend.add_tokens(["two words", AddedToken("<tool>", lstrip=True, normalized=False)])
+    state = json.loads(backend.to_str())
+    renamed = rename(state, {"</s>": "secretword"})
+    for each in (state, renamed):
+        assert json.loads(built(each).to_str()) == json.loads(Backend.from_str(json.dumps(each)).to_str())
+    assert built(renamed).token_to_id("secretword") == backend.token_to_id("</s>")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import lru_cache
 from itertools import accumulate, chain, repeat, starmap
@@ -50,7 +50,7 @@ def walk(ident: int, read: Callable[[FrameType], Any]) -> list[Any]:
     the list of threads without its lock, and dies of a thread of torch's that is being entered there: a null pointer.
     """
     inner = map(itemgetter(ident), starmap(sys._current_frames, [()]))
-    outwards = accumulate(chain(inner, repeat("f_back")), getattr)  # frame, frame.f_back, ..., None
+    outwards: Iterator[Any] = accumulate(chain(inner, repeat("f_back")), getattr)  # frame, frame.f_back, ..., None
     found: list[Any] = []
     collects = gc.isenabled()
     gc.disable()  # a collection may run Python, and another thread with it
