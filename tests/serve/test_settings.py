@@ -28,6 +28,7 @@ BAD = {
     "serve.max_pixels=200000000": "give at most 178956970",
     "serve.patience=0": "more than 0",
     "serve.worker_patience=-1": "more than 0",
+    "serve.start_patience=0": "more than 0",
     "serve.drain=-1": "0 or more",
     "serve.tensor=0": "give 1 or more",
     "serve.engine.max_running=0": "give 1 or more",
@@ -66,7 +67,7 @@ def test_what_works_is_let_in() -> None:
 
 def test_every_number_has_a_least() -> None:
     """A setting that is added is thought of here too."""
-    elsewhere = {"port", "worker_patience", "drain", "patience", "engine.cache_tokens"}
+    elsewhere = {"port", "worker_patience", "start_patience", "drain", "patience", "engine.cache_tokens"}
     counted = {f.name for f in fields(ServeConfig) if f.type in ("int", "float")}
     counted |= {f"engine.{f.name}" for f in fields(EngineConfig) if f.type in ("int", "float")}
     assert counted == set(LEAST) | elsewhere

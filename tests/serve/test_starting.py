@@ -83,13 +83,16 @@ def test_a_torn_checkpoint_is_refused_by_the_command(torn: Path, capsys) -> None
     assert said.count("\n") == 1 and "model.safetensors has changed since it was saved" in said
 
 
-def test_a_start_that_fails_leaves_the_interpreter_as_it_was(torn: Path) -> None:
+def test_a_start_leaves_the_interpreter_as_it_was_but_for_what_stays(torn: Path) -> None:
     before = gc.isenabled(), sys.getswitchinterval()
     with pytest.raises(ZeroDivisionError), starting(torn) as check:
         assert not gc.isenabled() and sys.getswitchinterval() < before[1]
         raise ZeroDivisionError
     assert (gc.isenabled(), sys.getswitchinterval()) == before
-    assert check.unwanted.is_set() and gc.get_freeze_count()
+    assert check.unwanted.is_set() and not gc.get_freeze_count()
+    with starting(torn):
+        pass
+    assert (gc.isenabled(), sys.getswitchinterval()) == before and gc.get_freeze_count()
 
 
 def test_a_module_of_the_door_that_is_missing_is_told_later() -> None:

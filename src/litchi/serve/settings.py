@@ -49,7 +49,8 @@ def check(config: ServeConfig) -> None:
         holder = config.engine if name.startswith("engine.") else config
         if (value := getattr(holder, name.removeprefix("engine."))) < least:
             raise BadInput(f"serve.{name}={value} cannot work: give {least} or more")
-    for name, value in (("patience", config.patience), ("worker_patience", config.worker_patience)):
+    waits = {name: getattr(config, name) for name in ("patience", "worker_patience", "start_patience")}
+    for name, value in waits.items():
         if not 0 < value < math.inf:
             raise BadInput(f"serve.{name}={value} cannot work: give seconds, more than 0")
     if not 0 <= config.drain < math.inf:

@@ -34,10 +34,10 @@ def starting(folder: Path) -> Iterator[Check]:
     check = Check(folder)
     try:
         yield check
+        gc.freeze()
     finally:
         check.leave()
         sys.setswitchinterval(turn)
-        gc.freeze()
         if collects:
             gc.enable()
 
