@@ -109,7 +109,7 @@ def test_what_does_not_divide_is_refused(tmp_path) -> None:
     with pytest.raises(BadInput, match="over 3 ranks"):
         Fleet(find_checkpoint("tiny"), replace(CONFIG, tensor=3)).start()
     for wrong in ({"tensor": 0}, {"workers": -1}):
-        with pytest.raises(BadInput, match="1 or more"):
+        with pytest.raises(BadInput, match="or more"):
             load_answerer(find_checkpoint("tiny"), replace(CONFIG, **wrong))
     with pytest.raises(BadInput, match="path in PyTorch"):
         load_engine(find_checkpoint("tiny"), replace(CONFIG, engine=EngineConfig(weights="int8")))
