@@ -79,8 +79,8 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("part", choices=("words", "moved", "tiny", "large"))
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("part", nargs="?", choices=("words", "moved", "tiny", "large"), default="moved")
+    parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "runs" / "rounding")
     parser.add_argument("text", type=Path, nargs="?", default=ROOT / "README.md", help="that SmolLM2 is scored on")
     parser.add_argument("--seconds", type=float, default=100, help="of training")
     parser.add_argument("--tokens", type=int, default=16_384, help="that are read for feedback")
