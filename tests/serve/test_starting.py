@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import importlib
 import shutil
 import subprocess
 import sys
@@ -95,5 +96,8 @@ def test_a_start_leaves_the_interpreter_as_it_was_but_for_what_stays(torn: Path)
     assert (gc.isenabled(), sys.getswitchinterval()) == before and gc.get_freeze_count()
 
 
-def test_a_module_of_the_door_that_is_missing_is_told_later() -> None:
-    import_all(("litchi.serve.guard", "litchi.no_such_module"))
+def test_a_module_of_the_door_that_is_missing_is_told_later(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)  # as if it were not installed
+    with pytest.raises(ImportError):
+        importlib.import_module("uvicorn")
+    import_all()

@@ -7,7 +7,6 @@ Nothing here needs torch: whoever imports this has not waited for it yet.
 from __future__ import annotations
 
 import gc
-import importlib
 import sys
 import threading
 from collections.abc import Iterator
@@ -18,8 +17,6 @@ from litchi.model.seal import Check
 
 TURN = 0.0001
 """Seconds that a thread keeps the interpreter while another waits: who only starts the next call of C++ has it soon."""
-DOOR = ("uvicorn", "pydantic.v1", "litchi.serve.http", "litchi.serve.patience")
-"""What the door imports; FastAPI asks for the second at its first route."""
 
 
 @contextmanager
@@ -44,10 +41,12 @@ def starting(folder: Path) -> Iterator[Check]:
 
 def import_door() -> None:
     """In a thread of its own. What is missing is told when it is needed."""
-    threading.Thread(target=import_all, args=(DOOR,), name="litchi-imports").start()
+    threading.Thread(target=import_all, name="litchi-imports").start()
 
 
-def import_all(modules: tuple[str, ...]) -> None:
+def import_all() -> None:
     with suppress(ImportError):
-        for module in modules:
-            importlib.import_module(module)
+        import pydantic.v1  # noqa: F401 (FastAPI asks for it at its first route)
+        import uvicorn  # noqa: F401
+
+        from litchi.serve import http, patience  # noqa: F401
