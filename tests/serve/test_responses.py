@@ -83,8 +83,12 @@ def test_what_words_were_worth_is_what_the_chat_tells(client) -> None:
     assert events[-1].response.output[0].content[0].logprobs == told
     plain = respond(client, SEEN)
     assert plain.output[0].content[0].logprobs == [] and plain.output_text == whole.output_text
-    with pytest.raises(openai.BadRequestError, match="include must be a list of some of message.output_text.logprobs"):
+    with pytest.raises(
+        openai.BadRequestError, match="include must be a list of at most 8, of message.output_text.logprobs"
+    ):
         respond(client, SEEN, include=["file_search_call.results"])
+    with pytest.raises(openai.BadRequestError, match="at most 8"):
+        respond(client, SEEN, include=["message.output_text.logprobs"] * 9)
 
 
 def test_a_stream_tells_the_same(client) -> None:

@@ -17,7 +17,7 @@ from litchi.serve.limits import Limits
 from litchi.serve.models import Models
 from litchi.serve.params import MAX_BIAS, MAX_ID, MAX_N, MAX_SEED, MAX_STOP_IDS, MAX_STOP_LENGTH, MAX_STOPS, MAX_TOP
 from litchi.serve.prompts import MAX_PROMPTS
-from litchi.serve.replies import INCLUDED
+from litchi.serve.replies import INCLUDED, MAX_INCLUDED
 from litchi.serve.wire import ECHOED, HARMLESS, STREAM_OPTIONS
 
 Schema = dict[str, Any]
@@ -273,7 +273,7 @@ def response(models: Models, limits: Limits) -> Schema:
         "stream": FLAG,
         "text": maybe(record({"format": guided()["response_format"], "verbosity": ANY})),
         "truncation": choice("disabled"),
-        "include": maybe(listed({"enum": list(INCLUDED)}, 0, 8)),
+        "include": maybe(listed({"enum": list(INCLUDED)}, 0, MAX_INCLUDED)),
         "background": choice(False),
         "top_logprobs": integer(0, MAX_TOP),
     }

@@ -41,7 +41,7 @@ OWN = (
 )  # fmt: skip
 NEUTRAL = {"background": (False,), "truncation": ("disabled",)}
 LOGPROBS = "message.output_text.logprobs"
-INCLUDED = (LOGPROBS, "reasoning.encrypted_content")
+INCLUDED, MAX_INCLUDED = (LOGPROBS, "reasoning.encrypted_content"), 8
 """What a response may be asked to hold besides; the last is empty, since nothing is thought apart from what is said."""
 
 
@@ -173,8 +173,8 @@ def read_turn(body: dict[str, Any], models: Models, limits: Limits, style: Style
 
 def read_included(fields: Fields) -> list[str]:
     found = [] if fields.get("include") is None else fields.get("include")
-    if not isinstance(found, list) or not all(each in INCLUDED for each in found):
-        raise BadInput(f"include must be a list of some of {', '.join(INCLUDED)}, got {show(found)}")
+    if not isinstance(found, list) or len(found) > MAX_INCLUDED or not all(each in INCLUDED for each in found):
+        raise BadInput(f"include must be a list of at most {MAX_INCLUDED}, of {', '.join(INCLUDED)}, got {show(found)}")
     return found
 
 
