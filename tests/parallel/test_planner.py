@@ -98,8 +98,8 @@ LAYOUTS = [Layout(), Layout(zero=0), Layout(tensor=2, zero=1), Layout(context=2)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_the_peak_of_a_backward_pass_is_foretold(crew: Crew, layout: Layout):
     """To 6 %, though nothing is run: what a pass keeps is counted operation by operation. To 12 % where torch's stages
-    have buffers of their own, which weigh in so small a network. A message to another stage keeps its tensors while it is
-    on its way, longer on a busy machine: the least of three passes counts."""
+    have buffers of their own, which weigh in so small a network. A message to another stage keeps its tensors while it
+    is on its way, longer on a busy machine: the least of three passes counts."""
     w, whole = replace(WORK, muon=False, average=False), resolve(layout, 4)
     measured = min(max(crew.run(worst, w, layout)) for _ in range(3 if layout.pipeline > 1 else 1))
     anatomy = dissect(w, whole)
