@@ -303,14 +303,16 @@ def test_a_full_queue_says_when_to_come_again(serve, painter):
         httpx.Client(base_url=served.url, timeout=20) as client,
         ExitStack() as asked,
     ):
-        places = [asked.enter_context(leave_waiting(served.url)) for _ in range(2)]
-        full = {"running": 1, "waiting": 1, "max_waiting": 1, "answered": 0}
-        wait_for(lambda: client.get("/health").json()["queue"] == full)
+        queue = lambda: client.get("/health").json()["queue"]  # noqa: E731
+        asked.enter_context(leave_waiting(served.url))
+        wait_for(lambda: queue()["running"] == 1)  # only then is it certain which of the two will wait
+        second = asked.enter_context(leave_waiting(served.url))
+        wait_for(lambda: queue() == {"running": 1, "waiting": 1, "max_waiting": 1, "answered": 0})
         refused = client.post("/v1/chat/completions", json={"messages": [user("hi")]})
         assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
         assert refused.json()["error"]["code"] == "queue_full"
-        places[1].close()  # whoever leaves the queue frees the place
-        wait_for(lambda: client.get("/health").json()["queue"]["waiting"] == 0)
+        second.close()  # whoever leaves the queue frees the place
+        wait_for(lambda: queue()["waiting"] == 0)
         held.gate.set()
         assert client.post("/v1/chat/completions", json={"messages": [user("hi")]}).status_code == 200
 
