@@ -31,7 +31,7 @@ ASK = {"messages": [{"role": "user", "content": "hi"}]}
 
 def connect(url: str) -> socket.socket:
     at = urlsplit(url)
-    return socket.create_connection((at.hostname, at.port), timeout=10)
+    return socket.create_connection((at.hostname, at.port), timeout=30)
 
 
 def said(connection: socket.socket) -> bytes:
@@ -61,7 +61,7 @@ def get(url: str, target: str, *lines: str) -> tuple[int, bytes]:
 
 def is_well(url: str) -> bool:
     began = time.monotonic()
-    return httpx.get(f"{url}/health", timeout=5, verify=False).status_code == 200 and time.monotonic() - began < 3
+    return httpx.get(f"{url}/health", timeout=20, verify=False).status_code == 200 and time.monotonic() - began < 10
 
 
 # ---- pickles on sockets -------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ SECOND = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" + BODY
 
 
 def test_clients_that_stop_half_way_are_given_up_and_hinder_nobody(serve) -> None:
-    with serve(patience=0.5) as served, ExitStack() as held:
+    with serve(patience=1.5) as served, ExitStack() as held:
         slow = []
         for begun in (*HALF, BODY, CHUNK, SECOND) * 20:
             slow.append(held.enter_context(connect(served.url)))
@@ -188,10 +188,10 @@ def test_a_drop_now_and_then_does_not_keep_a_connection(serve) -> None:
             pace, began = threading.Event(), time.monotonic()
             with connect(served.url) as connection, suppress(ConnectionError):
                 connection.sendall(begun)
-                while time.monotonic() - began < 8:
+                while time.monotonic() - began < 20:
                     pace.wait(0.05)
                     connection.sendall(drop)
-            assert time.monotonic() - began < 6, begun
+            assert time.monotonic() - began < 15, begun
 
 
 # ---- sockets of worlds --------------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ def test_a_message_over_the_limit_ends_its_socket_however_it_is_packed(serve) ->
             with world_of(served.url, compression=compression) as socket:
                 with pytest.raises(exceptions.ConnectionClosed) as found:
                     socket.send(message)
-                    socket.recv(timeout=10)
+                    socket.recv(timeout=30)
                 assert found.value.rcvd is None or found.value.rcvd.code == 1009
         assert is_well(served.url)
 
@@ -226,7 +226,7 @@ def test_sockets_beyond_the_limit_are_turned_away_and_places_come_back(serve) ->
                 for socket in sockets:
                     with suppress(exceptions.ConnectionClosed):
                         socket.send('{"type": "start", "seed": 0}')
-                kinds = [json.loads(socket.recv(timeout=10))["type"] for socket in sockets]
+                kinds = [json.loads(socket.recv(timeout=30))["type"] for socket in sockets]
                 assert kinds == ["frame"] * 3 + ["error"] * 5
             for _ in range(500):
                 if httpx.get(f"{served.url}/health").json()["worlds"] == 0:

@@ -161,7 +161,7 @@ def test_a_listed_name_that_stands_for_an_inner_address_is_not_connected_to(serv
         for name in hosts:
             began = time.monotonic()
             assert ask(served.url, shows(host.url(name=name)))[0] == 400, name
-            assert time.monotonic() - began < 2, name  # refused, and not tried
+            assert time.monotonic() - began < 5, name  # refused, and not tried
     assert not host.heard
     inner = "10.1.2.3 127.9.9.9 172.16.0.1 192.168.1.1 100.64.0.1 ::1 fd12::1".split()
     never = (
@@ -308,7 +308,7 @@ def test_a_body_without_end_is_cut_off(serve, host, names) -> None:
             with within(60 << 20):
                 began = time.monotonic()
                 assert ask(served.url, shows(host.url(path)))[0] == 400, path
-            assert time.monotonic() - began < 5 and host.sent < 16 << 20, (
+            assert time.monotonic() - began < 15 and host.sent < 16 << 20, (
                 path
             )  # of which most lies in the system's buffers
         assert is_well(served.url)
@@ -317,7 +317,7 @@ def test_a_body_without_end_is_cut_off(serve, host, names) -> None:
 def test_a_slow_answer_is_given_up_and_hinders_nobody(serve, host, names, quick) -> None:
     drop = host.endless(b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n", b"x", 0.05)
     host.paths |= {"/body": drop, "/heads": host.endless(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n", 0.05)}
-    host.paths |= {"/start": host.endless(b"", b"H", 0.05), "/never": lambda line: host.over.wait(20) and None}
+    host.paths |= {"/start": host.endless(b"", b"H", 0.05), "/never": lambda line: host.over.wait(30) and None}
     with fetching(serve, host) as served:
         for path in list(host.paths)[1:]:
             began = time.monotonic()
@@ -325,7 +325,7 @@ def test_a_slow_answer_is_given_up_and_hinders_nobody(serve, host, names, quick)
                 others = stack.enter_context(contextlib.closing(Background(served.url, shows(*[host.url(path)] * 8))))
                 assert is_well(served.url)
                 assert others.status() == 400, path
-            assert 0.4 < time.monotonic() - began < 3, path  # for eight pictures together
+            assert 0.4 < time.monotonic() - began < 10, path  # for eight pictures together
 
 
 class Background:
@@ -337,20 +337,20 @@ class Background:
         self.thread.start()
 
     def status(self) -> int:
-        self.thread.join(10)
+        self.thread.join(30)
         return self.found[0]
 
     def close(self) -> None:
-        self.thread.join(10)
+        self.thread.join(30)
 
 
 def test_a_handshake_or_a_name_that_never_ends_is_given_up(serve, host, names, quick, monkeypatch) -> None:
-    host.paths |= {"": lambda line: host.over.wait(20) and None}
+    host.paths |= {"": lambda line: host.over.wait(30) and None}
     resolve, over = socket.getaddrinfo, threading.Event()
 
     def slow(name, *rest, **more):
         if name == "slow.test":
-            over.wait(20)
+            over.wait(30)
         return resolve(name, *rest, **more)
 
     with serve(fetch_inner_hosts=(f"{NAME}:{host.port}", "slow.test")) as served:
@@ -358,18 +358,18 @@ def test_a_handshake_or_a_name_that_never_ends_is_given_up(serve, host, names, q
         assert ask(served.url, shows(f"https://{NAME}:{host.port}/a.png"))[0] == 400
         monkeypatch.setattr(socket, "getaddrinfo", slow)
         assert ask(served.url, shows("https://slow.test/a.png"))[0] == 400
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 15
         over.set()
 
 
 def test_no_more_are_fetched_at_once_than_there_are_places(serve, host, names, monkeypatch) -> None:
     """Else a slow host takes every thread that reads bodies, and nobody is answered."""
     monkeypatch.setattr(fetch, "MAX_AT_ONCE", 2)
-    host.paths["/never"] = lambda line: host.over.wait(20) and None
+    host.paths["/never"] = lambda line: host.over.wait(30) and None
     with fetching(serve, host) as served:
         waiting = [Background(served.url, shows(host.url("/never"))) for _ in range(2)]
         began = time.monotonic()
-        while len(host.heard) < 2 and time.monotonic() - began < 5:
+        while len(host.heard) < 2 and time.monotonic() - began < 15:
             time.sleep(0.01)
         answer = httpx.post(served.url + CHAT, json=shows(host.url()))
         assert answer.status_code == 429 and answer.headers["retry-after"] and is_well(served.url)

@@ -285,12 +285,12 @@ def test_a_fault_of_ours_is_one_sentence(post):
 
 
 def test_leaving_stops_the_work(serve, painter):
-    slow = painter(pause=0.002)
+    slow = painter(pause=0.01)
     with serve(slow) as served, httpx.Client(base_url=served.url) as client:
         body = {"messages": [user("go on forever")], "stream": True, "max_tokens": 1024}
         with client.stream("POST", "/v1/chat/completions", json=body) as answer:
             next(answer.iter_lines())
-        assert slow.closed.wait(10), "the sampler went on after its client had left"
+        assert slow.closed.wait(30), "the sampler went on after its client had left"
         assert slow.made < 1000
         assert client.post("/v1/chat/completions", json={"messages": [user("hi")]}).status_code == 200
 
@@ -330,11 +330,11 @@ def leave_waiting(url: str) -> socket.socket:
 def wait_for(condition) -> None:
     """Until another thread's state is as expected; the event only paces the looking."""
     pace = threading.Event()
-    for _ in range(1000):
+    for _ in range(3000):
         if condition():
             return
         pace.wait(0.01)
-    raise AssertionError("it did not come about within ten seconds")
+    raise AssertionError("it did not come about within thirty seconds")
 
 
 def test_a_key_is_asked_for_but_not_by_the_page(serve):

@@ -45,12 +45,12 @@ def test_the_crowd_counts_the_tokens_that_the_server_counts(tiny, rate: float) -
 
 
 def test_what_is_waited_is_what_the_server_takes(serve, painter) -> None:
-    with serve(painter(pause=0.03)) as served:
+    with serve(painter(pause=0.06)) as served:
         found = crowd(Plan(url=f"{served.url}/v1/", requests=6, concurrency=1))
     pauses = len("I see no picture in turn 1 .".split())
     assert found.tokens == 6 * pauses
     for spread, least in ((found.first, 1), (found.between, 1), (found.per_token, 1), (found.whole, pauses)):
-        assert 0.03 * least <= spread["p50"].value < 0.09 * least, least
+        assert 0.06 * least <= spread["p50"].value < 0.2 * least, least
         assert (
             spread["p50"].low <= spread["p50"].value <= spread["p50"].high
             and spread["p50"].value <= spread["p99"].value

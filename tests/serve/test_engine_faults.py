@@ -49,7 +49,7 @@ def engine(served_by) -> Callable:
         p, net = network("mask")
         made = Engine(net, p, EngineConfig(path="torch", page=8, cache_tokens=2048, guess="none", **settings))
         gate = Gate(made)
-        with served_by(made, side=8) as served, httpx.Client(base_url=served.url, timeout=20) as client:
+        with served_by(made, side=8) as served, httpx.Client(base_url=served.url, timeout=60) as client:
             try:
                 yield made, gate, client
             finally:
@@ -72,7 +72,7 @@ def until(condition: Callable[[], bool]) -> None:
     """The event only paces the looking."""
     began = time.monotonic()
     while not condition():
-        assert time.monotonic() - began < 10, "it did not come about within ten seconds"
+        assert time.monotonic() - began < 30, "it did not come about within thirty seconds"
         threading.Event().wait(0.005)
 
 
@@ -86,7 +86,7 @@ def test_a_client_that_leaves_a_stream_frees_its_pages(engine) -> None:
         with client.stream("POST", CHAT, json=body(max_tokens=1000, stream=True)) as answer:
             next(answer.iter_lines())
             gate.open.clear()
-            assert gate.waiting.wait(10) and not num_free(made)
+            assert gate.waiting.wait(30) and not num_free(made)
         until(lambda: made.running[0].cancelled)
         gate.open.set()
         until(lambda: not made.load().running and num_free(made))
@@ -128,7 +128,7 @@ def test_a_step_that_fails_ends_those_it_read_for_and_no_thread(engine) -> None:
         alone = said(client.post(CHAT, json=body()))
         gate.open.clear()
         asked = [pool.submit(client.post, CHAT, json=body(seed=seed)) for seed in (1, 2)]
-        assert gate.waiting.wait(10)
+        assert gate.waiting.wait(30)
         gate.fault = RuntimeError("out of memory")
         gate.open.set()
         answers = [each.result() for each in asked]
@@ -166,7 +166,7 @@ def test_an_engine_that_is_closed_tells_every_client_the_end(engine) -> None:
         asked = [pool.submit(client.post, CHAT, json=body(max_tokens=1000, stream=i % 2 == 0)) for i in range(6)]
         until(lambda: made.load().running == 2 and made.load().waiting == 4 and made.num_steps > 4)
         gate.open.clear()
-        assert gate.waiting.wait(10)
+        assert gate.waiting.wait(30)
         closing = threading.Thread(target=made.close)
         closing.start()
         gate.open.set()
@@ -185,13 +185,13 @@ def test_a_server_that_stops_ends_every_answer(served_by) -> None:
         with served_by(made, side=8, drain=1.0) as served:
             address, stream = served.url + CHAT, body(max_tokens=1000, stream=True)
             gate.pause = 0.01
-            asked = [pool.submit(httpx.post, address, json=stream, timeout=20) for _ in range(4)]
+            asked = [pool.submit(httpx.post, address, json=stream, timeout=60) for _ in range(4)]
             until(lambda: made.load().running == 2 and made.num_steps > 4)
         began = time.monotonic()
         for each in asked:
-            fault = each.exception(10)
+            fault = each.exception(15)
             assert fault is None or isinstance(fault, httpx.TransportError)
-    assert time.monotonic() - began < 5 and not made.alive and num_free(made)
+    assert time.monotonic() - began < 15 and not made.alive and num_free(made)
 
 
 def test_a_server_that_is_told_to_stop_ends_what_it_has_begun_and_begins_nothing(served_by) -> None:
@@ -203,11 +203,11 @@ def test_a_server_that_is_told_to_stop_ends_what_it_has_begun_and_begins_nothing
             gate.pause = 0.01
             whole = body(max_tokens=60) | {"ignore_eos": True}
             asked = [
-                pool.submit(httpx.post, served.url + CHAT, json=whole | {"stream": i % 2 == 0}, timeout=20)
+                pool.submit(httpx.post, served.url + CHAT, json=whole | {"stream": i % 2 == 0}, timeout=60)
                 for i in range(4)
             ]
             until(lambda: made.load().running == 2 and made.load().waiting == 2 and made.num_steps > 4)
-        answers = [each.result(1) for each in asked]
+        answers = [each.result(10) for each in asked]
         assert [answer.status_code for answer in answers] == [200] * 4
         assert all("length" in answer.text for answer in answers)
         with pytest.raises(httpx.ConnectError):

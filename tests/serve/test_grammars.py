@@ -155,7 +155,7 @@ def test_a_compiler_that_hangs_is_ended_and_one_that_dies_is_told(monkeypatch) -
         began = time.monotonic()
         with pytest.raises(BadInput, match=fault):
             check(Grammar("regex", fault))
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 30
 
 
 def test_a_grammar_too_complex_for_one_token_ends_its_answer_only(client, tiny) -> None:
