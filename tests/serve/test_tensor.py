@@ -14,6 +14,7 @@ import torch
 
 from litchi.cli import find_checkpoint
 from litchi.config import BadInput
+from litchi.model.weights import load
 from litchi.schema.digest import bits
 from litchi.schema.request import Request, SamplingParams
 from litchi.schema.sample import Action, Image, Role, Text
@@ -23,36 +24,49 @@ from litchi.serve.loading import load_answerer, load_engine
 from litchi.serve.run import ServeConfig
 from litchi.serve.scheduler import EngineConfig
 from litchi.serve.tensor import one_fate
+from tests.model.lora_folders import lora_folder
 from tests.serve.test_fleet import Heard, until
 
+ADAPTERS = ("", "poet", "lawyer")
 CONFIG = ServeConfig(workers=1, tensor=2, engine=EngineConfig(path="torch", weights="float32", cache_tokens=4096))
 
 
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory) -> tuple[str, ...]:
+    """One adapter of every matrix, and one of some that are shared out by rows and some that are by columns."""
+    root, net = tmp_path_factory.mktemp("adapters"), load(find_checkpoint("tiny"), check=False).model
+    lora_folder(root / "poet", net, rank=3)
+    lora_folder(root / "lawyer", net, rank=8, seed=1, targets=("q_proj", "down_proj"))
+    return f"poet={root / 'poet'}", f"lawyer={root / 'lawyer'}"
+
+
 @pytest.fixture(scope="module", params=["bfloat16", "float32"])
-def pair(request: pytest.FixtureRequest) -> Iterator[Fleet]:
+def pair(request: pytest.FixtureRequest, settings) -> Iterator[Fleet]:
     engine = replace(CONFIG.engine, weights=request.param)
-    fleet = Fleet(find_checkpoint("tiny"), replace(CONFIG, engine=engine)).start()
+    fleet = Fleet(find_checkpoint("tiny"), replace(CONFIG, engine=engine, adapters=settings)).start()
     yield fleet
     fleet.close()
 
 
 @pytest.fixture(scope="module")
-def alone() -> Iterator[Engine]:
-    engine = load_engine(find_checkpoint("tiny"), replace(CONFIG, tensor=1)).start()
+def alone(settings) -> Iterator[Engine]:
+    engine = load_engine(find_checkpoint("tiny"), replace(CONFIG, tensor=1, adapters=settings)).start()
     yield engine
     engine.close()
 
 
 def requests() -> list[Request]:
-    """Words, a picture, the next frame, an action, and an embedding."""
+    """Words with each adapter, a picture, the next frame, an action, and an embedding."""
     rng = random.Random(0)
     noise = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     room = Image(pixels=noise.numpy())
     params = SamplingParams(max_tokens=24, temperature=1.0, seed=5, logprobs=True, ignore_eos=True)
     asked = Text(text="where is the red ball", role=Role.USER)
     spoken = [
-        Request(parts=(asked,), want="text", params=replace(params, seed=rng.randrange(99), prompt_logprobs=1))
-        for _ in range(4)
+        Request(
+            parts=(asked,), want="text", params=replace(params, seed=rng.randrange(99), prompt_logprobs=1), adapter=name
+        )
+        for name in (*ADAPTERS, *ADAPTERS)
     ]
     return [
         *spoken,
@@ -79,6 +93,8 @@ def test_answers_of_two_ranks_are_exact_and_near_those_of_one(pair: Fleet, alone
         elif request.want == "text":
             worth, own = ([scored.logprob for scored in told.prompt[1:]] for told in (one, mine))
             assert torch.allclose(torch.tensor(worth), torch.tensor(own), atol=near)
+    said = {tuple(scored.logprob for scored in one.prompt[1:]) for one in single[: len(ADAPTERS)]}
+    assert len(said) == len(ADAPTERS), "each adapter has a say"
 
 
 def test_a_rank_that_is_killed_ends_its_worker_and_another_pair_goes_on(pair: Fleet) -> None:
@@ -113,5 +129,9 @@ def test_what_does_not_divide_is_refused(tmp_path) -> None:
             load_answerer(find_checkpoint("tiny"), replace(CONFIG, **wrong))
     with pytest.raises(BadInput, match="path in PyTorch"):
         load_engine(find_checkpoint("tiny"), replace(CONFIG, engine=EngineConfig(weights="int8")))
-    with pytest.raises(BadInput, match="no adapters"):
-        load_engine(find_checkpoint("tiny"), replace(CONFIG, adapters=("a=b",)))
+
+
+def test_a_fault_that_all_ranks_find_is_told_by_the_first(tmp_path) -> None:
+    """Whichever rank comes to it first."""
+    with pytest.raises(BadInput, match=r"adapter_config.json is missing"):
+        Fleet(find_checkpoint("tiny"), replace(CONFIG, adapters=(f"poet={tmp_path}",))).start()

@@ -27,7 +27,7 @@ SMALL = 64
 
 
 class Laid(Protocol):
-    """As much of a piece as attention must know."""
+    """As much of a piece as reading it takes."""
 
     @property
     def start(self) -> int: ...
@@ -40,6 +40,9 @@ class Laid(Protocol):
 
     @property
     def ends(self) -> list[int]: ...
+
+    @property
+    def adapter(self) -> str: ...
 
 
 def rounded(count: int, least: int = 1) -> int:

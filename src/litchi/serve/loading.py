@@ -9,12 +9,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from litchi.model.lowrank import Adapters
 from litchi.model.seal import Check
 from litchi.model.weights import load
 from litchi.serve.draft import SAME
 from litchi.serve.engine import Engine
 from litchi.serve.fleet import Fleet
-from litchi.serve.models import load_adapters
+from litchi.serve.models import read_adapters
 from litchi.serve.placing import placing
 from litchi.serve.ranks import dtype_of, muster
 from litchi.serve.settings import check
@@ -44,9 +45,10 @@ def load_engine(
     meanwhile()
     draft = load(Path(c.draft), place=where) if c.guess == "draft" and c.draft not in SAME else None
     weights = sha256(json.dumps(loaded.meta["files"], sort_keys=True).encode()).hexdigest()
-    adapters = load_adapters(loaded.model, config.model, config.adapters)
-    runner = None if world is None else TensorRunner(loaded.model, dtype_of(config), world)
-    return Engine(loaded.model, loaded.processor, c, weights, runner, adapters, draft, take=True).look()
+    adapters = read_adapters(loaded.model, config.model, config.adapters)
+    runner = None if world is None else TensorRunner(loaded.model, dtype_of(config), world, adapters)
+    known = Adapters(loaded.model, adapters) if runner is None else runner.adapters
+    return Engine(loaded.model, loaded.processor, c, weights, runner, known, draft, take=True).look()
 
 
 def load_answerer(

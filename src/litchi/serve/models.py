@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from litchi.config import BadInput
-from litchi.model.adapters import read_adapter
-from litchi.model.lowrank import Adapters
+from litchi.model.adapters import Adapter, read_adapter
 from litchi.model.network import Model
 from litchi.schema.request import Request
 
@@ -61,6 +60,6 @@ def folders(base: str, settings: Sequence[str]) -> dict[str, Path]:
     return found
 
 
-def load_adapters(model: Model, base: str, settings: Sequence[str]) -> Adapters:
+def read_adapters(model: Model, base: str, settings: Sequence[str]) -> list[Adapter]:
     """What `serve.adapters` names. Raises BadInput for a folder that does not fit the network."""
-    return Adapters(model, [read_adapter(folder, name, model) for name, folder in folders(base, settings).items()])
+    return [read_adapter(folder, name, model) for name, folder in folders(base, settings).items()]

@@ -26,6 +26,7 @@ from torch.distributed import init_device_mesh
 from litchi.config import BadInput, parse, plain
 from litchi.model.weights import load_model
 from litchi.parallel.mesh import AXES, Layout, World, degrees
+from litchi.serve.models import read_adapters
 from litchi.serve.placing import device_of, placing
 from litchi.serve.tensor import TensorRunner
 
@@ -80,8 +81,6 @@ def join(place: Path, rank: int, size: int, device: torch.device) -> World:
 def dtype_of(config: ServeConfig) -> torch.dtype:
     """Raises BadInput for what slices cannot be computed in, or with."""
     c = config.engine
-    if config.adapters:
-        raise BadInput("serve.tensor knows no adapters: serve them by a network that is whole, or merge one")
     if c.weights not in ("float32", "bfloat16") or c.path == "native" or not c.exact:
         raise BadInput("serve.tensor takes the path in PyTorch, exact, in float32 or bfloat16: set serve.engine so")
     return torch.float32 if c.weights == "float32" else torch.bfloat16
@@ -99,7 +98,12 @@ def main() -> None:
     c, number = config.engine, told["number"]
     where = placing(c, number)
     world = join(Path(told["place"]), told["rank"], config.tensor, device_of(c, number))
-    runner = TensorRunner(load_model(Path(told["folder"]), where), dtype_of(config), world)
+    try:
+        model = load_model(Path(told["folder"]), where)
+        runner = TensorRunner(model, dtype_of(config), world, read_adapters(model, config.model, config.adapters))
+    except BadInput:
+        threading.Event().wait()  # the first rank finds the same and says so; who ends before it takes it along
+        return
     runner.follow(*runner.room(c.cache_tokens // c.page + 1, c.page))
 
 

@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from litchi.model import exact
+from litchi.model.adapters import Adapter
 from litchi.model.lowrank import Adapters
 from litchi.model.network import Model
 from litchi.parallel import tensor
@@ -44,17 +46,20 @@ STOP, READ, SCORE = 0, 1, 2
 class TensorRunner(TorchRunner):
     """The runner of the first rank, which has the model to itself.
 
-    Raises BadInput, naming the size, for a network that does not divide.
+    Raises BadInput, naming the size, for a network that does not divide. What `adapters` add is shared out as well.
     """
 
-    def __init__(self, model: Model, dtype: torch.dtype, world: World) -> None:
-        adapters = Adapters(placed(model, world.device, dtype))
-        reader = None if world.device.type == "cpu" else DeviceReader(model, dtype, adapters, exact=True, graphs=None)
-        super().__init__(model, dtype, steady=True, adapters=adapters, reader=reader)
+    def __init__(self, model: Model, dtype: torch.dtype, world: World, adapters: Sequence[Adapter] = ()) -> None:
+        own = Adapters(placed(model, world.device, dtype), adapters)
+        reader = None if world.device.type == "cpu" else DeviceReader(model, dtype, own, exact=True, graphs=None)
+        super().__init__(model, dtype, steady=True, adapters=own, reader=reader)
         group = world.group("tensor")
         assert group is not None
         self.group: ProcessGroup = group
         tensor.apply(model, world, product=exact.product, out=steady_sum)
+        self.names = ["", *own.known]
+        """Of adapters, which every rank has in this order."""
+        own.split(group.rank(), group.size(), partial(steady_sum, group=group))
         self.kv_heads //= group.size()
         self.told += f" over {group.size()} ranks"
 
@@ -63,7 +68,7 @@ class TensorRunner(TorchRunner):
             return super().run(pieces, pages)
 
     def read(self, batch: Batch, pieces: Sequence[Laid], pages: Pages) -> Tensor:
-        self.tell(READ, step_of(batch, pieces))
+        self.tell(READ, step_of(batch, pieces, self.names))
         return super().read(batch, pieces, pages)
 
     @torch.no_grad()
@@ -108,12 +113,13 @@ class TensorRunner(TorchRunner):
             if what == SCORE:
                 self.scores(told["x"])
                 continue
-            batch, seats = read_step(told)
+            batch, seats = read_step(told, self.names)
             for seat in seats:  # a page that is written from its beginning is new: nobody's keys stand in it
                 for at in range(-(-seat.start // pages.size) * pages.size, seat.stop, pages.size):
                     page = seat.pages[at // pages.size]
                     keys[:, page], values[:, page] = 0, 0
-            super().read(batch, seats, pages)
+            with self.adapters.reading([(seat.adapter, seat.stop - seat.start) for seat in seats]):
+                super().read(batch, seats, pages)
 
 
 @contextmanager
@@ -134,12 +140,13 @@ def steady_sum(x: Tensor, group: ProcessGroup) -> Tensor:
 # ---- a step as tensors ---------------------------------------------------------------------------------------------
 
 
-def step_of(batch: Batch, pieces: Sequence[Laid]) -> dict[str, Tensor]:
+def step_of(batch: Batch, pieces: Sequence[Laid], adapters: Sequence[str]) -> dict[str, Tensor]:
     told = {name: getattr(batch, name).contiguous() for name in ("tokens", "positions", "spans", "docs", "cu_seqlens")}
     most = max(len(piece.pages) for piece in pieces)
     told["pages"] = torch.tensor([[*piece.pages, *[-1] * (most - len(piece.pages))] for piece in pieces])
     told["bounds"] = torch.tensor([[piece.start, piece.stop] for piece in pieces])
     told["ends"] = torch.tensor([end for piece in pieces for end in piece.ends])
+    told["adapters"] = torch.tensor([adapters.index(piece.adapter) for piece in pieces])
     for modality, v in batch.vectors.items():
         told |= {f"{modality}.{f.name}": getattr(v, f.name).contiguous() for f in fields(Vectors)}
     return told
@@ -153,9 +160,10 @@ class Seat:
     stop: int
     pages: list[int]
     ends: list[int]
+    adapter: str
 
 
-def read_step(told: dict[str, Tensor]) -> tuple[Batch, list[Seat]]:
+def read_step(told: dict[str, Tensor], adapters: Sequence[str]) -> tuple[Batch, list[Seat]]:
     length = len(told["tokens"])
     vectors = {
         Modality(name.removesuffix(".index")): Vectors(
@@ -176,8 +184,8 @@ def read_step(told: dict[str, Tensor]) -> tuple[Batch, list[Seat]]:
         vectors=vectors,
     )
     seats, at = [], 0
-    for (start, stop), pages in zip(told["bounds"].tolist(), told["pages"].tolist(), strict=True):
+    for (start, stop), pages, which in zip(*(told[of].tolist() for of in ("bounds", "pages", "adapters")), strict=True):
         ends = told["ends"][at : at + stop - start].tolist()
-        seats.append(Seat(start, stop, [page for page in pages if page >= 0], ends))
+        seats.append(Seat(start, stop, [page for page in pages if page >= 0], ends, adapters[which]))
         at += stop - start
     return batch, seats
