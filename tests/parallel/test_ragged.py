@@ -81,9 +81,9 @@ def test_a_rank_without_pictures_for_a_hundred_steps(crew: Crew, alone: Seen):
 
 def test_nor_with_sums_of_the_library(crew: Crew, alone: Seen):
     """Weights part by rounding over the steps, so that norms are compared, and the first step's gradient exactly."""
-    ranks = crew.run(learn, Layout(zero=3, exact=False), 100, size=2, timeout=120.0)
+    ranks = crew.run(learn, Layout(zero=3, exact=False), 20, size=2, timeout=120.0)
     for rank in ranks:
-        assert rank.norms == pytest.approx(alone.norms, rel=1e-3)
+        assert rank.norms == pytest.approx(alone.norms[:20], rel=1e-3)
     assert ranks[0].norms[0] == pytest.approx(alone.norms[0], rel=TOLERANCE)
 
 
