@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import random
-import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -23,7 +22,7 @@ from litchi.serve.loading import load_answerer, load_engine
 from litchi.serve.run import ServeConfig
 from litchi.serve.scheduler import EngineConfig
 from litchi.serve.tensor import one_fate
-from tests.serve.test_fleet import Heard, until
+from tests.serve.test_fleet import Heard, kill  # noqa: F401 (fixture)
 
 CONFIG = ServeConfig(workers=1, tensor=2, engine=EngineConfig(path="torch", weights="float32", cache_tokens=4096))
 
@@ -81,16 +80,22 @@ def test_answers_of_two_ranks_are_exact_and_near_those_of_one(pair: Fleet, alone
             assert torch.allclose(torch.tensor(worth), torch.tensor(own), atol=near)
 
 
-def test_a_rank_that_is_killed_ends_its_worker_and_another_pair_goes_on(pair: Fleet) -> None:
+def test_a_rank_that_is_killed_ends_its_worker_and_another_pair_goes_on(pair: Fleet, kill: Callable) -> None:  # noqa: F811
+    """It is killed by the fourth piece of an answer, beside another that keeps the worker at its steps until it dies."""
     request = replace(requests()[0], params=SamplingParams(max_tokens=120, ignore_eos=True, logprobs=True))
     whole = pair.complete(request)
-    heard = Heard()
-    ask = pair.submit(request, heard, stream=True)
-    until(lambda: ask.heard > 3)
     [member] = pair.members
     told = subprocess.run(["pgrep", "-P", str(member.process.pid)], capture_output=True, text=True, check=True)
     [rank] = [int(word) for word in told.stdout.split()]
-    os.kill(rank, signal.SIGKILL)
+
+    def murder() -> None:
+        if len(heard.pieces) == 4:
+            endless.cancelled = True
+            kill(member, rank)
+
+    heard = Heard(murder)
+    endless = pair.submit(replace(request, params=replace(request.params, max_tokens=3900)), Heard(), stream=True)
+    ask = pair.submit(request, heard, stream=True)
     heard.wait()
     assert heard.error is None and ask.deaths == 1
     assert "".join(piece.text for piece in heard.pieces) == whole.text
