@@ -203,7 +203,7 @@ def test_a_worker_that_hangs_is_replaced(alone: Engine) -> None:
     fleet = Fleet(find_checkpoint("tiny"), replace(CONFIG, workers=1)).start()
 
     def forsaken() -> bool:
-        """Instead of a patience so short that another might not live up to it. It may still be heard of what it said."""
+        """Instead of a patience so short that another might not live up to it: again, since it may yet be heard."""
         member.moved = time.monotonic() - fleet.config.worker_patience - 1
         return fleet.restarts > 0
 
