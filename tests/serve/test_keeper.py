@@ -194,6 +194,15 @@ def test_what_a_first_start_refuses_is_told_at_once_and_what_a_later_one_refuses
     assert not fresh.alive and fresh.fault == "the weights are torn"
 
 
+def test_what_has_been_started_is_started_again_without_harm() -> None:
+    """The door does so when it opens, and its workers may have given up since."""
+    lives = Lives(Path(), CONFIG)
+    lives.welcome(Member(0, None, None), None)  # type: ignore[arg-type]
+    lives.give_up("no worker starts")
+    lives.begin()
+    assert lives.fault == "no worker starts" and lives.watcher.ident is None
+
+
 def test_a_server_whose_workers_have_all_given_up_ends_with_that_line(monkeypatch) -> None:
     monkeypatch.setattr(keeper, "PAUSE", 0.01)
     monkeypatch.setattr("signal.signal", lambda *_: None)  # the server of this test is no main thread's
