@@ -169,7 +169,7 @@ def test_a_world_opens_neither_without_the_key_nor_to_another_page(locked, door)
         pass
     with world_of(locked.url, additional_headers=key) as socket:
         socket.send('{"type": "start", "seed": 0}')
-        assert json.loads(socket.recv(timeout=10))["type"] == "frame"
+        assert json.loads(socket.recv(timeout=60))["type"] == "frame"
 
 
 # ---- files --------------------------------------------------------------------------------------------------------
