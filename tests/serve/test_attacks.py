@@ -170,7 +170,7 @@ SECOND = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" + BODY
 
 
 def test_clients_that_stop_half_way_are_given_up_and_hinder_nobody(serve) -> None:
-    with serve(patience=1.5) as served, ExitStack() as held:
+    with serve(patience=3.0) as served, ExitStack() as held:
         slow = []
         for begun in (*HALF, BODY, CHUNK, SECOND) * 20:
             slow.append(held.enter_context(connect(served.url)))
