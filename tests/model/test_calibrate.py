@@ -236,7 +236,7 @@ def test_a_kill_in_the_middle_leaves_nothing_half(small: Path, tmp_path: Path, m
     assert main(words) == 0
     whole = {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     command = [sys.executable, "-c", KILLED, str(small), str(folder), str(text)]
-    killed = subprocess.run(command, capture_output=True, timeout=100, check=False)
+    killed = subprocess.run(command, capture_output=True, timeout=600, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()} == whole
     assert {p.name for p in tmp_path.iterdir()} == {"text", "fed", ".fed.writing", ".fed.halfway"}

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 
@@ -27,6 +28,9 @@ uvicorn = pytest.importorskip("uvicorn", reason="pip install litchi[serve]")
 pytest.importorskip("fastapi", reason="pip install litchi[serve]")
 
 from litchi.serve.run import ServeConfig, bind, uvicorn_config  # noqa: E402
+
+for phase in ("connect", "read", "write", "pool"):  # five seconds are few where all tests share two cores
+    setattr(httpx._config.DEFAULT_TIMEOUT_CONFIG, phase, 60.0)
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "black": (0, 0, 0), "white": (255, 255, 255)}
 MOVES = {0: (0, -1), 1: (0, 1), 2: (-1, 0)}
@@ -70,7 +74,7 @@ class Painter:
     def stream(self, request: Request) -> Iterator[Delta]:
         self.requests.append(request)
         try:
-            self.gate.wait(20)
+            self.gate.wait(300)
             yield from self._deltas(request)
         finally:
             self.closed.set()
@@ -176,7 +180,7 @@ def serving(sampler: Sampler, make_room: Callable[[str, int], Env], **settings: 
         yield Served(f"http://{host}:{port}", sampler, config)
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(60)
         assert not thread.is_alive(), "the server did not stop"
 
 

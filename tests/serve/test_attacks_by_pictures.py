@@ -61,7 +61,7 @@ def test_no_address_is_fetched_and_no_file_read(door) -> None:
         assert ask(door.url, {"messages": SAID, "guided_json": {"$ref": urls[0]}})[0] == 400
         with world_of(door.url) as world:
             world.send(json.dumps({"type": "start", "image": urls[0]}))
-            assert json.loads(world.recv(timeout=10))["type"] == "error"
+            assert json.loads(world.recv(timeout=60))["type"] == "error"
         svg = f'<svg xmlns="http://www.w3.org/2000/svg"><image href="{urls[0]}"/></svg>'.encode()
         assert ask(door.url, shows(url_of(svg, "svg+xml")))[0] == 400
         with pytest.raises(BlockingIOError):

@@ -236,5 +236,5 @@ def test_no_picture_of_a_stranger_is_decoded_in_the_doors_own_process(serve, mon
         assert ask(served.url, {"want": "frame", "parts": [piece, action]}, "/v1/next")[0] == 200
         with world_of(served.url) as world:
             world.send(json.dumps({"type": "start", "image": url}))
-            assert json.loads(world.recv(timeout=10))["type"] == "frame"
+            assert json.loads(world.recv(timeout=60))["type"] == "frame"
         assert is_well(served.url)

@@ -90,12 +90,14 @@ def test_how_long_a_refusal_takes_does_not_tell_how_much_of_the_key_was_right(mo
     key = "k" * 1_000_000
     guard = Guard(None, key, ())  # type: ignore[arg-type]
     begins, ends = (Headers({"authorization": f"Bearer {each}"}) for each in ("x" + key[1:], key[:-1] + "x"))
-    least = {}
-    for _ in range(40):
+    least = {"begins": 1.0, "ends": 1.0}
+    for count in range(2000):
+        if count >= 40 and 0.93 < least["ends"] / least["begins"] < 1.07:
+            break  # on a busy machine it takes longer until both have been undisturbed once
         for name, headers in (("begins", begins), ("ends", ends)):
             began = time.perf_counter()
             assert not guard._knows(headers)
-            least[name] = min(least.get(name, 1.0), time.perf_counter() - began)
+            least[name] = min(least[name], time.perf_counter() - began)
     assert 0.93 < least["ends"] / least["begins"] < 1.07, least
     seen: list[tuple[bytes, bytes]] = []
     monkeypatch.setattr(hmac, "compare_digest", lambda a, b: bool(seen.append((a, b))))
@@ -167,7 +169,7 @@ def test_a_world_opens_neither_without_the_key_nor_to_another_page(locked, door)
         pass
     with world_of(locked.url, additional_headers=key) as socket:
         socket.send('{"type": "start", "seed": 0}')
-        assert json.loads(socket.recv(timeout=10))["type"] == "frame"
+        assert json.loads(socket.recv(timeout=60))["type"] == "frame"
 
 
 # ---- files --------------------------------------------------------------------------------------------------------

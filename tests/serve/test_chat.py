@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -10,7 +11,7 @@ import socket
 import struct
 import threading
 import zlib
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from urllib.parse import urlsplit
 
 import httpx
@@ -18,7 +19,10 @@ import numpy as np
 import pytest
 from PIL import Image as Pillow
 
-from litchi.schema.request import DRAWING
+from litchi.schema.request import DRAWING, Request
+from litchi.schema.sample import Role, Text
+from litchi.serve.solo import Solo
+from litchi.serve.worker import Job, Worker
 
 openai = pytest.importorskip("openai")
 
@@ -315,6 +319,32 @@ def test_a_full_queue_says_when_to_come_again(serve, painter):
         wait_for(lambda: queue()["waiting"] == 0)
         held.gate.set()
         assert client.post("/v1/chat/completions", json={"messages": [user("hi")]}).status_code == 200
+
+
+@pytest.mark.parametrize("text", ["hi", "explode"])
+def test_a_place_is_free_before_its_client_is_told_the_end(painter, monkeypatch, text):
+    """Else who asks one question after another is turned away by his own last one."""
+    told: list[int] = []
+    worker = Worker(Solo(painter()), max_queue=0)
+    put = Job.put
+
+    def heard(job: Job, piece: object) -> None:
+        if not isinstance(piece, tuple):  # but the end, or what went wrong
+            told.append(worker.load().running)
+        put(job, piece)
+
+    async def ask() -> None:
+        async for _ in worker.submit([Request(parts=(Text(text=text, role=Role.USER),))], stream=True):
+            pass
+
+    monkeypatch.setattr(Job, "put", heard)
+    worker.start()
+    try:
+        with suppress(RuntimeError):
+            asyncio.run(ask())
+    finally:
+        worker.close()
+    assert told and not any(told)
 
 
 def leave_waiting(url: str) -> socket.socket:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from litchi.client import HttpSampler, ServerError
 from litchi.config import BadInput
 from litchi.schema.request import Request, SamplingParams
 from litchi.schema.sample import Action, Image, Role, Text
+from litchi.serve import run
 
 BLUE = Image(pixels=np.full((64, 64, 3), (3, 0, 250), np.uint8), role=Role.USER)
 
@@ -85,3 +89,19 @@ def test_dropping_a_stream_stops_the_server(serve, painter):
 def test_the_client_needs_no_torch():
     check = "import sys, litchi.client; sys.exit('torch' in sys.modules or 'PIL' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], timeout=60).returncode == 0
+
+
+def test_whoever_reads_the_address_of_a_server_may_come_at_once(painter, monkeypatch):
+    """He waits until it is up, and is not refused."""
+    came: list[str] = []
+
+    def said(text: str, **more: object) -> None:
+        for host, port in re.findall(r"Page: http://([\d.]+):(\d+)/", text):
+            socket.create_connection((host, int(port)), timeout=30).close()
+            came.append(host)
+
+    monkeypatch.setattr(run, "print", said, raising=False)
+    monkeypatch.setattr(run, "Darkroom", lambda pixels: SimpleNamespace(warm=lambda: None))
+    monkeypatch.setattr("uvicorn.Server.run", lambda server, sockets: [each.close() for each in sockets])
+    run.run(run.ServeConfig(port=0), painter(), lambda name, seed: None)
+    assert came == ["127.0.0.1"]

@@ -148,10 +148,11 @@ def test_what_is_too_much_or_means_nothing_is_refused(tiny, name: str) -> None:
 
 def test_a_compiler_that_hangs_is_ended_and_one_that_dies_is_told(monkeypatch) -> None:
     """Other programs stand in for a compiler that meets a grammar which nobody has thought of."""
-    for fault, program in (("too long", "import time; time.sleep(60)"), ("too much", "import os; os.abort()")):
+    hangs, dies = ("too long", "import time; time.sleep(60)", 0.5), ("too much", "import os; os.abort()", 60)
+    for fault, program, seconds in (hangs, dies):
         monkeypatch.setattr(trial.sys, "executable", "python3")
         monkeypatch.setattr(trial, "COMMAND", ["-c", program])
-        monkeypatch.setattr(trial, "SECONDS", 0.5)
+        monkeypatch.setattr(trial, "SECONDS", seconds)
         began = time.monotonic()
         with pytest.raises(BadInput, match=fault):
             check(Grammar("regex", fault))

@@ -493,6 +493,8 @@ def test_the_door_tells_how_many_guesses_came_true(served_by) -> None:
     said = {"messages": [{"role": "user", "content": "one two three"}], "max_tokens": 40, "ignore_eos": True}
     with served_by(engine, side=8) as served, httpx.Client(base_url=served.url, timeout=20) as client:
         assert client.post("/v1/chat/completions", json=said).status_code == 200
+        # A step is counted after its last word is told, and before the next step, here of one that needs no guesses.
+        assert client.post("/v1/chat/completions", json=said | {"max_tokens": 1}).status_code == 200
         told = values(client.get("/metrics").text)
     assert told["litchi_engine_guesses"] >= told["litchi_engine_accepted"] > 0
     assert told["litchi_engine_accepted"] == engine.load().accepted

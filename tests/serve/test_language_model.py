@@ -108,7 +108,7 @@ def test_a_world_is_refused_when_it_should_be_dreamed(served):
     start = {"type": "start", "image": data_url(np.zeros((64, 64, 3), np.uint8))}
     with websockets.connect(served.url.replace("http", "ws") + "/v1/worlds") as socket:
         socket.send(json.dumps(start))
-        assert json.loads(socket.recv(20))["type"] == "frame"
+        assert json.loads(socket.recv(60))["type"] == "frame"
         socket.send(json.dumps({"type": "action", "action": "left"}))
-        told = json.loads(socket.recv(20))
+        told = json.loads(socket.recv(60))
     assert told["type"] == "error" and "this model reads text only" in told["message"]

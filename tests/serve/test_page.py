@@ -14,6 +14,7 @@ playwright = pytest.importorskip("playwright.sync_api", reason="pip install play
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the path: apt-get install chromium")
 
+playwright.expect.set_options(timeout=60_000)
 CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "tiny"
 KEYS = (
     "ArrowRight",
@@ -34,7 +35,7 @@ def page(browser, served, tmp_path) -> Iterator[object]:
     """A page of the running server; a script error or a failed load on it fails the test."""
     faults: list[str] = []
     page = browser.new_page(viewport={"width": 1280, "height": 900}, locale="en-GB")
-    page.set_default_timeout(15_000)
+    page.set_default_timeout(60_000)
     page.on("pageerror", lambda error: faults.append(str(error)))
     page.on("console", lambda said: faults.append(said.text) if said.type == "error" else None)
     page.goto(served.url)
@@ -189,7 +190,7 @@ def test_a_model_without_pictures_is_only_talked_with(browser, served_by, tmp_pa
     faults: list[str] = []
     with served_by(abilities=()) as served:
         page = browser.new_page(viewport={"width": 1280, "height": 900}, locale="en-GB")
-        page.set_default_timeout(15_000)
+        page.set_default_timeout(60_000)
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("console", lambda said: faults.append(said.text) if said.type == "error" else None)
         page.goto(served.url)

@@ -25,7 +25,8 @@ from litchi.serve.engine import Engine, EngineConfig
 from litchi.serve.loading import load_engine
 from litchi.serve.receipts import Origin, Receipt, Receipts, receipt_of, shown, written
 from litchi.serve.run import ServeConfig
-from tests.serve.test_chat import BLUE, user
+from tests.serve.test_chat import BLUE, leave_waiting, user
+from tests.serve.test_engine_faults import Gate, until
 
 HOT = {"temperature": 1.0, "max_tokens": 16}
 SEE = {"messages": [user("what do you see", BLUE)], **HOT}
@@ -77,7 +78,7 @@ def tiny(served_by, request) -> Iterator[str]:
 
 def ask(url: str, path: str, body: dict) -> str:
     """The id of the answer, which is whole."""
-    answer = httpx.post(f"{url}/{path}", json=body, timeout=60)
+    answer = httpx.post(f"{url}/{path}", json=body, timeout=120)
     assert answer.status_code == 200, answer.text
     if not body.get("stream"):
         return answer.json()["id"]
@@ -87,7 +88,7 @@ def ask(url: str, path: str, body: dict) -> str:
 
 
 def replay(url: str, name: str) -> httpx.Response:
-    return httpx.post(f"{url}/receipts/{name}/replay", timeout=60)
+    return httpx.post(f"{url}/receipts/{name}/replay", timeout=120)
 
 
 @contextmanager
@@ -99,7 +100,7 @@ def crowd(url: str) -> Iterator[None]:
     def work(index: int) -> None:
         path, body = list(ASKED.values())[index % len(ASKED)]
         while not over.is_set():
-            answered.append(httpx.post(f"{url}/{path}", json=body, timeout=60).status_code)
+            answered.append(httpx.post(f"{url}/{path}", json=body, timeout=120).status_code)
 
     threads = [threading.Thread(target=work, args=(index,)) for index in (0, 1, 3, 8)]
     for thread in threads:
@@ -169,8 +170,7 @@ def test_a_receipt_outlives_the_server_and_replays_in_another_process(served_by,
         try:
             assert server.stdout is not None
             url = server.stdout.readline().split("API: ")[1].strip()
-            with httpx.Client(transport=httpx.HTTPTransport(retries=5)) as client:
-                client.get(f"{url}/models").raise_for_status()  # until it listens
+            httpx.get(f"{url}/models", timeout=120).raise_for_status()  # at once: it listens where it says so
             assert all(replay(url, name).json()["same"] for name in names)
             assert sum(json.loads(line).get("dropped", False) for line in path.read_text().splitlines()) == 1
         finally:
@@ -198,15 +198,20 @@ def test_each_field_of_an_origin_tells_others(field: str) -> None:
 def test_nothing_is_kept_of_who_says_so_or_leaves(served_by, painter) -> None:
     engine = engine_of()
     with served_by(engine, api_key="k") as served:
-        with httpx.Client(base_url=served.url, headers={"Authorization": "Bearer k"}, timeout=60) as client:
+        with httpx.Client(base_url=served.url, headers={"Authorization": "Bearer k"}, timeout=120) as client:
             for path, body in ASKED.values():
                 if not body.get("stream"):
                     name = client.post(f"/v1/{path}", json=body | {"store": False}).json()["id"]
                     lost = client.get(f"/v1/receipts/{name}")
                     assert lost.status_code == 404 and "store=false" in lost.json()["error"]["message"], path
-            long = SEE | {"stream": True, "ignore_eos": True, "max_tokens": 1024}
-            with client.stream("POST", "/v1/chat/completions", json=long) as answer:
-                name = json.loads(next(answer.iter_lines())[6:])["id"]
+            long, gate = {"prompt": "where", "stream": True, "ignore_eos": True, "max_tokens": 1024}, Gate(engine)
+            gate.let(8)  # a chat would end with its turn
+            with client.stream("POST", "/v1/completions", json=long) as answer:
+                lines = answer.iter_lines()  # whose end is the connection's
+                name = json.loads(next(lines)[6:])["id"]
+                until(lambda: gate.held)
+            until(lambda: engine.running[0].cancelled)
+            gate.open.set()
             kept = client.post("/v1/chat/completions", json=SEE).json()["id"]
             assert client.get(f"/v1/receipts/{kept}").status_code == 200
             assert client.post(f"/v1/receipts/{name}/replay").status_code == 404, "the client left"
@@ -221,9 +226,12 @@ def test_nothing_is_kept_of_who_says_so_or_leaves(served_by, painter) -> None:
 def test_a_client_that_does_not_wait_leaves_no_receipt(served_by, tmp_path: Path) -> None:
     path = tmp_path / "receipts.jsonl"
     with served_by(engine_of(), receipts=str(path)) as served:
-        with pytest.raises(httpx.ReadTimeout):
-            long = SEE | {"ignore_eos": True, "max_tokens": 1024}
-            httpx.post(f"{served.url}/v1/chat/completions", json=long, timeout=0.2)
+        gate = Gate(served.sampler)
+        gate.open.clear()
+        with leave_waiting(served.url):
+            until(lambda: gate.held)
+        until(lambda: served.sampler.running[0].cancelled)
+        gate.open.set()
         name = ask(f"{served.url}/v1", *ASKED["a vector"])
     assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == [name]
 

@@ -38,13 +38,13 @@ def folders(tmp_path_factory) -> tuple[str, str, str]:
 
 
 def say(url: str, **more: object) -> str:
-    answer = httpx.post(f"{url}/v1/completions", json=BODY | more, headers=KEY, timeout=60)
+    answer = httpx.post(f"{url}/v1/completions", json=BODY | more, headers=KEY, timeout=120)
     assert answer.status_code == 200, answer.text
     return answer.json()["choices"][0]["text"]
 
 
 def swap(url: str, folder: str) -> httpx.Response:
-    return httpx.post(f"{url}/v1/weights", json={"checkpoint": folder}, headers=KEY, timeout=60)
+    return httpx.post(f"{url}/v1/weights", json={"checkpoint": folder}, headers=KEY, timeout=120)
 
 
 @pytest.fixture
@@ -64,10 +64,11 @@ def test_answers_under_way_end_on_the_old_weights_and_later_ones_begin_on_the_ne
     with door() as served, ThreadPoolExecutor(8) as pool:
         old = say(served.url)
         gate = Gate(served.sampler)
-        gate.pause = 0.02
-        asked = [pool.submit(say, served.url) for _ in range(4)]
-        until(lambda: served.sampler.load().running == 4)
         gate.open.clear()
+        asked = [pool.submit(say, served.url) for _ in range(4)]
+        until(lambda: served.sampler.load().running + served.sampler.load().waiting == 4)
+        gate.let(2)  # which ends no answer
+        until(lambda: served.sampler.load().running == 4 and gate.held)
         changed = swap(served.url, folders[1])
         assert changed.status_code == 200, changed.text
         assert served.sampler.load().running, "the answers were over before the swap"
@@ -84,12 +85,12 @@ def test_answers_under_way_end_on_the_old_weights_and_later_ones_begin_on_the_ne
 
 def test_a_receipt_names_the_weights_that_answered_and_is_not_replayed_by_others(door, folders) -> None:
     with door() as served:
-        answer = httpx.post(f"{served.url}/v1/completions", json=BODY, headers=KEY, timeout=60).json()
+        answer = httpx.post(f"{served.url}/v1/completions", json=BODY, headers=KEY, timeout=120).json()
         receipt = f"{served.url}/v1/receipts/{answer['id']}"
-        assert httpx.post(f"{receipt}/replay", headers=KEY, timeout=60).json()["same"]
+        assert httpx.post(f"{receipt}/replay", headers=KEY, timeout=120).json()["same"]
         before = httpx.get(receipt, headers=KEY).json()["origin"]["weights"]
         digest = swap(served.url, folders[1]).json()["digest"]
-        assert digest != before and httpx.post(f"{receipt}/replay", headers=KEY, timeout=60).status_code == 409
+        assert digest != before and httpx.post(f"{receipt}/replay", headers=KEY, timeout=120).status_code == 409
 
 
 def test_strangers_swap_nothing(door, folders, tmp_path: Path) -> None:

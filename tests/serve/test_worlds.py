@@ -22,14 +22,14 @@ class Player:
 
     def __call__(self, kind: str, **more: object) -> dict:
         self.socket.send(json.dumps({"type": kind, **more}))
-        return json.loads(self.socket.recv(timeout=20))
+        return json.loads(self.socket.recv(timeout=60))
 
     def read(self) -> dict:
-        return json.loads(self.socket.recv(timeout=20))
+        return json.loads(self.socket.recv(timeout=60))
 
     def raw(self, message: str | bytes) -> dict:
         self.socket.send(message)
-        return json.loads(self.socket.recv(timeout=20))
+        return json.loads(self.socket.recv(timeout=60))
 
     def __enter__(self) -> Player:
         self.socket = self.connection.__enter__()
@@ -156,7 +156,7 @@ def test_a_session_has_an_end(serve):
         assert [play("action", action="left")["type"] for _ in range(3)] == ["frame", "frame", "error"]
         assert play("rewind", step=1)["step"] == 1
         with Player(served.url) as second:
-            assert "too many" in json.loads(second.socket.recv(timeout=20))["message"]
+            assert "too many" in json.loads(second.socket.recv(timeout=60))["message"]
 
 
 def test_strangers_are_refused_at_the_handshake(serve):

@@ -100,8 +100,10 @@ class Keeper:
         raise NotImplementedError
 
     def begin(self) -> None:
-        """Returns when one worker is ready. Raises BadInput with what it says if it cannot be."""
+        """Returns when one worker is ready, or has been. Raises BadInput with what it says if it cannot be."""
         with self.changed:
+            if self.opened:  # a door that is about to open does not wait for another, and hears by `ended` of no more
+                return
             if self.watcher.ident is None and not self.closing:
                 self.due = dict.fromkeys(range(self.config.workers), 0.0)
                 self.watcher.start()

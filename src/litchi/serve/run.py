@@ -133,6 +133,7 @@ def run(config: ServeConfig, sampler: Sampler | Fleet, make_room: MakeRoom) -> N
     darkroom.warm()  # beside the application, which takes longer to load
     server = uvicorn.Server(uvicorn_config(config, sampler, make_room, darkroom))
     listener = bind(config.host, config.port)
+    listener.listen()  # whoever reads the address below may come at once: he waits until the server is up
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     faults: list[str] = []

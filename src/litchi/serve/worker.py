@@ -119,12 +119,13 @@ class Job:
         with self._lock:
             self._left -= 1
             last = self._left == 0
+        # First, so that a client who is told the end and asks again at once does not find his own place taken.
+        self._worker.ended(self if last else None)
         if isinstance(piece, BaseException):
             self.put(piece)
             self.stop()
         if last:
             self.put(None)
-        self._worker.ended(self if last else None)
 
     def put(self, piece: tuple[int, Piece] | BaseException | None) -> None:
         try:
