@@ -81,7 +81,8 @@ def storage(tensor: Tensor) -> int:
 
 def worst(w: Workload, layout: Layout) -> int:
     """The peak of this rank's tensors over one backward pass, its own weights included."""
-    foreign = {storage(x) for x in tensors()}  # what earlier tests have left on this rank
+    left = tensors()  # by earlier tests on this rank; held, so that none of ours comes to lie where one of them was
+    foreign = {storage(x) for x in left}
     placed = build(w.model, join(layout, torch.device("cpu")))
     initialise(placed, 0)
     world = placed.world

@@ -115,6 +115,12 @@ def test_who_gave_up_waiting_is_not_to_blame() -> None:
     assert named(stands(0), stands(1, CODE, ""), stands(2), ends={0: HUNG, 2: HUNG})[0] == (1,)
 
 
+def test_who_gave_up_and_ended_is_not_silent() -> None:
+    """The others may end later, on a machine that stood still in between."""
+    ranks, line = named(stands(0), stands(1, CODE, "", at=1005.0), stands(2), ends={0: HUNG, 1: HUNG, 2: HUNG})
+    assert ranks == (1,) and "hangs in step 42" in line and "ranks 0, 2 wait in all_reduce" in line
+
+
 def test_a_slow_rank_is_slow_against_the_others() -> None:
     standings = {rank: stands(rank, own=own) for rank, own in enumerate([0.1, 0.1, 0.4, 0.1])}
     found = straggling(standings, 1.5)
