@@ -294,21 +294,21 @@ def hang(folder: Path) -> None:
     with Watch(World(), folder, WatchConfig(hang_after=0.5, sample=0.01, grace=0.0)) as watch:
         for step in range(5):
             watch.step(step)
-        time.sleep(60)
+        time.sleep(600)
 
 
 def orphan(folder: Path) -> None:
     os.environ[SUPERVISED] = "1"
     with Watch(World(), folder, WatchConfig(sample=0.01)) as watch:
         watch.parent = -1  # as if it had been another process
-        time.sleep(60)
+        time.sleep(600)
 
 
 def ended(function: Callable[[Path], None], folder: Path) -> int | None:
     """The exit code of a process that does this."""
     process = SERVER.Process(target=function, args=(folder,), daemon=True)
     process.start()
-    process.join(60)
+    process.join(600)
     return process.exitcode
 
 

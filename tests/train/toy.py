@@ -117,7 +117,7 @@ def play(trick: str, world: World, step: int, folder: Path, asked: list[int]) ->
         case "sleep":
             read_from_a_dead_disk()
         case "hold":
-            ctypes.PyDLL(None).sleep(60)  # in C, and the interpreter stays locked
+            ctypes.PyDLL(None).sleep(600)  # in C, and the interpreter stays locked
         case "refuse":
             os._exit(2)
         case "obey":
@@ -140,7 +140,7 @@ def await_others(folder: Path, world: World, step: int) -> None:
 
 
 def read_from_a_dead_disk() -> None:
-    time.sleep(60)
+    time.sleep(600)
 
 
 def work(seconds: float) -> None:
