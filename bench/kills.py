@@ -59,6 +59,9 @@ PATIENCE = 300.0
 """Seconds in which something must happen."""
 SUBREAPER = 36
 """Of prctl."""
+WATCHED = "watched"
+"""A file beside the run that is touched while somebody is there to kill it; without that for LEASE seconds it waits."""
+LEASE = 0.5
 
 
 @dataclass(slots=True)
@@ -156,11 +159,11 @@ def harass(folder: Path, config: TrainConfig, kills: int, draw: random.Random, t
             continue  # between two attempts of the supervisor
         everyone = draw.random() < 0.5
         tally.at_starts += follow(folder)[0] == before
+        in_save = drafting(folder)
         if everyone:
             end_all(command, crew)
         else:
             shoot(draw.choice(crew))
-        in_save = drafting(folder)
         tally.kills, tally.of_all, tally.in_saves = tally.kills + 1, tally.of_all + everyone, tally.in_saves + in_save
         whom = "all and the supervisor" if everyone else "a rank"
         say(f"kill {tally.kills} at step {follow(folder)[1]}: {whom} of {len(crew)}{', in a save' if in_save else ''}")
@@ -169,6 +172,7 @@ def harass(folder: Path, config: TrainConfig, kills: int, draw: random.Random, t
             check_all(folder, tally)
         else:
             await_fall(folder, command, crew)
+    (folder / WATCHED).unlink(missing_ok=True)
     if not command:
         command, tally.commands = begin(folder, 4, config), tally.commands + 1
     finish(folder, command)
@@ -178,7 +182,7 @@ def harass(folder: Path, config: TrainConfig, kills: int, draw: random.Random, t
 def await_moment(folder: Path, command: int, before: int, draw: random.Random, *, in_save: bool) -> None:
     """Until a random moment of an attempt; one in eight is at its start."""
     if draw.random() < 0.25 and not in_save:
-        time.sleep(draw.uniform(0.0, 1.0))
+        pause(folder, draw.uniform(0.0, 1.0))
         return
     steps, first = draw.randrange(6), -1
     for _ in patiently(folder, command):
@@ -187,12 +191,12 @@ def await_moment(folder: Path, command: int, before: int, draw: random.Random, *
             first = step if first < 0 else first
             if step >= first + steps:
                 break
-    time.sleep(draw.uniform(0.0, 0.3))
+    pause(folder, draw.uniform(0.0, 0.3))
     while in_save:
         for _ in patiently(folder, command):
             if drafting(folder):
                 break
-        time.sleep(draw.uniform(0.0, 0.02))
+        pause(folder, draw.uniform(0.0, 0.02))
         in_save = not drafting(folder)
 
 
@@ -212,8 +216,16 @@ def patiently(folder: Path, command: int) -> Iterator[None]:
             code = os.waitstatus_to_exitcode(status)
             raise RuntimeError(f"the run ended with {code} too early: {said(folder)[-2000:]}")
         yield
-        time.sleep(0.001)
+        pause(folder, 0.001)
     raise RuntimeError(f"nothing happened for {PATIENCE:.0f} s: {said(folder)[-2000:]}")
+
+
+def pause(folder: Path, seconds: float) -> None:
+    """Pass time, while the run goes on."""
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:
+        (folder / WATCHED).touch()
+        time.sleep(min(left, LEASE / 5))
 
 
 # ---- what is on the disk ------------------------------------------------------------------------------------------
@@ -302,15 +314,19 @@ def start_rank(config: TrainConfig, command: Sequence[str], place: Mapping[str, 
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         try:
-            train(log.parents[1], config, samples=undrawn)
+            train(log.parents[1], config, samples=partial(undrawn, log.parents[1] / WATCHED))
         except BadInput as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             os._exit(BAD_INPUT)
         os._exit(0)
 
 
-def undrawn(position: int) -> Sample:
-    """Of samples that end in no picture to draw, so that steps go on while a checkpoint is written."""
+def undrawn(watched: Path, position: int) -> Sample:
+    """Of samples that end in no picture to draw, so that steps go on while a checkpoint is written; but none while
+    whoever is to kill the run is held up."""
+    with suppress(FileNotFoundError):
+        while time.time() - watched.stat().st_mtime > LEASE:
+            time.sleep(0.01)
     return sample(position + DRAWN)
 
 

@@ -14,6 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.held import STEP
+from tests.house.sources import ROOT
+
 pytest.importorskip("minigrid", reason="pip install 'litchi[rooms]'")
 
 SMALL = {
@@ -153,18 +156,19 @@ def test_a_finished_run_is_not_trained_again(home: Path, checkpoint: Path) -> No
 
 
 def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(home: Path, checkpoint: Path, tmp_path: Path) -> None:
-    """Interrupted as soon as it has written a row, the run ends in the weights of the run that nobody stopped."""
+    """Interrupted in its first step, the run ends in the weights of the run that nobody stopped."""
     folder = tmp_path / "run"
     folder.mkdir()
     for name in ("data", "processor"):
         (folder / name).symlink_to(home / "run" / name)
-    words = [sys.executable, "-m", "litchi.cli", "train", "tiny", *SETTINGS, "--folder", str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stderr is not None
-        assert process.stdout.readline().startswith("supervised weight")  # the first step is about to begin
+    words = [sys.executable, "-m", "tests.held", "train", "tiny", *SETTINGS, "--folder", str(folder)]
+    environment, pipe = {**os.environ, "OMP_NUM_THREADS": "1"}, subprocess.PIPE
+    with subprocess.Popen(words, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("supervised weight")
+        assert process.stdout.readline() == STEP
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate()
+        _, said = process.communicate()  # closes its stdin, so that the step begins
     assert process.returncode == 130, said
     assert said.splitlines()[-1] == "interrupted; the same command goes on from here"
     stopped = [p.name for p in (folder / "train").glob("step_*")]

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.held import STEP
+from tests.house.sources import ROOT
+
 pytest.importorskip("minigrid", reason="pip install 'litchi[rooms]'")
 pytest.importorskip("uvicorn", reason="pip install 'litchi[serve]'")
 
@@ -47,22 +50,25 @@ SMALL = {
 """The demo's own stages, each as small as it can be."""
 
 
-def demo(folder: Path) -> list[str]:
+def demo(folder: Path, program: str = "litchi.cli") -> list[str]:
     settings = [word for key, value in SMALL.items() for word in ("--set", f"{key}={value}".replace("'", '"'))]
-    return [sys.executable, "-m", "litchi.cli", "demo", "--folder", str(folder), *settings]
+    return [sys.executable, "-m", program, "demo", "--folder", str(folder), *settings]
 
 
 @pytest.mark.slow
 def test_the_demo_ends_with_six_abilities_and_an_address_and_goes_on_after_a_kill(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(demo(tmp_path), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as first:
+    command, pipe = demo(tmp_path, "tests.held"), subprocess.PIPE
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT
+    ) as first:
         assert first.stdout is not None
-        next(line for line in first.stdout if line.startswith(b"supervised"))  # training begins
+        next(line for line in first.stdout if line == STEP.encode())  # training begins
         first.kill()
     assert first.returncode == -signal.SIGKILL, "it ended before it could be killed"
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*.parquet")}
 
-    again = subprocess.run(demo(tmp_path), env=environment, capture_output=True, text=True, timeout=300)
+    again = subprocess.run(demo(tmp_path), env=environment, capture_output=True, text=True, timeout=1800)
     assert again.returncode == 0, again.stderr
     said = again.stdout
     assert made and all(path.stat().st_mtime_ns == then for path, then in made.items()), "shards were made again"

@@ -88,7 +88,7 @@ def attempt(folder: Path, victim: int, fatal: int, both: bool, told: Path | None
             code = 1
             try:
                 os.setpgid(0, children[0] if children else 0)
-                signal.alarm(60)
+                signal.alarm(600)
                 reaper = Reaper(folder, fatal if rank == victim else 0, both)
                 code = live(folder, rank, Path(meeting) / "store", reaper)
                 if told is not None and rank == victim:

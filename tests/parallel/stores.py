@@ -44,7 +44,7 @@ class Server:
         before = self.log().count(READY)
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(command, env=os.environ | self.environment, stdout=log, stderr=log)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while self.log().count(READY) == before:
             if time.monotonic() > deadline or self.process.poll() is not None:
                 raise RuntimeError(f"the store did not start: {self.log()[-2000:]}")

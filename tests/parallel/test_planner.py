@@ -81,7 +81,8 @@ def storage(tensor: Tensor) -> int:
 
 def worst(w: Workload, layout: Layout) -> int:
     """The peak of this rank's tensors over one backward pass, its own weights included."""
-    foreign = {storage(x) for x in tensors()}  # what earlier tests have left on this rank
+    left = tensors()  # by earlier tests on this rank; held, so that none of ours comes to lie where one of them was
+    foreign = {storage(x) for x in left}
     placed = build(w.model, join(layout, torch.device("cpu")))
     initialise(placed, 0)
     world = placed.world
@@ -98,18 +99,21 @@ LAYOUTS = [Layout(), Layout(zero=0), Layout(tensor=2, zero=1), Layout(context=2)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_the_peak_of_a_backward_pass_is_foretold(crew: Crew, layout: Layout):
     """To 6 %, though nothing is run: what a pass keeps is counted operation by operation. To 12 % where torch's stages
-    have buffers of their own, which weigh in so small a network. A message to another stage keeps its tensors while it
-    is on its way, longer on a busy machine: the least of three passes counts."""
+    have buffers of their own, which weigh in so small a network. Threads that carry messages may keep their tensors for
+    longer on a busy machine, never for less: the least of some passes counts."""
     w, whole = replace(WORK, muon=False, average=False), resolve(layout, 4)
-    measured = min(max(crew.run(worst, w, layout)) for _ in range(3 if layout.pipeline > 1 else 1))
     anatomy = dissect(w, whole)
-    foretold = 0.0
+    foretold, measured, near = 0.0, float("inf"), 0.12 if layout.pipeline > 1 else 0.06
     for rank in range(whole.pipeline):
         stage = memory.stage_of(w, whole, rank)
         fresh = memory.BYTES * stage.total("local") - memory.stale(whole, stage)
         moments = [*memory.working(w, whole, anatomy, stage, rank), *memory.reducing(w, whole, stage)]
         foretold = max(foretold, fresh + max(sum(moment[1:]) for moment in moments))
-    assert foretold == pytest.approx(measured, rel=0.12 if layout.pipeline > 1 else 0.06)
+    for _ in range(8):
+        measured = min(measured, max(crew.run(worst, w, layout)))
+        if measured * (1 - near) <= foretold:
+            break
+    assert foretold == pytest.approx(measured, rel=near)
 
 
 def test_zero_divides_what_it_says():

@@ -73,7 +73,7 @@ def alone() -> Seen:
 
 def test_a_rank_without_pictures_for_a_hundred_steps(crew: Crew, alone: Seen):
     """No rank waits for another, and the gradient of every step is that of one process, bit for bit."""
-    for rank in crew.run(learn, Layout(zero=3), 100, size=2, timeout=120.0):
+    for rank in crew.run(learn, Layout(zero=3), 100, size=2):
         assert rank.digests == alone.digests
         assert all(torch.equal(rank.weights[name], value) for name, value in alone.weights.items())
     assert all(a != b for a, b in pairwise(alone.digests))
@@ -81,7 +81,7 @@ def test_a_rank_without_pictures_for_a_hundred_steps(crew: Crew, alone: Seen):
 
 def test_nor_with_sums_of_the_library(crew: Crew, alone: Seen):
     """Weights part by rounding over the steps, so that norms are compared, and the first step's gradient exactly."""
-    ranks = crew.run(learn, Layout(zero=3, exact=False), 20, size=2, timeout=120.0)
+    ranks = crew.run(learn, Layout(zero=3, exact=False), 20, size=2)
     for rank in ranks:
         assert rank.norms == pytest.approx(alone.norms[:20], rel=1e-3)
     assert ranks[0].norms[0] == pytest.approx(alone.norms[0], rel=TOLERANCE)

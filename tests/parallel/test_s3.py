@@ -137,17 +137,19 @@ def save_while_the_store_dies(
     os.environ |= environment
     world, lines = place(layout), []
     saver = Saver(world, folder, on_failed="go on", report=lines.append, bucket=url)
-    saver.bucket = bucket = Bucket(url, retry_seconds=1)
-    put = bucket.put
+    assert saver.bucket is not None
+    put, hasty = saver.bucket.put, Bucket(url, retry_seconds=1)  # only for a store that is known to be dead
 
     def put_and_kill(name: str, path: Path, names: list[str]) -> None:
         put(name, path, names[:1])
         os.kill(server, signal.SIGKILL)
-        put(name, path, names[1:] + names[:1])
+        hasty.put(name, path, names[1:] + names[:1])
 
     for step in (1, 2):
         if step == 2 and world.rank == 0:
-            bucket.put = put_and_kill  # type: ignore[method-assign]
+            saver.bucket.put = put_and_kill  # type: ignore[method-assign]
+        elif step == 2:
+            saver.bucket = hasty
         saver.save(step, files(world, *build(world, 0)), meta={"step": step})
         saver.wait()
     return lines

@@ -557,11 +557,11 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_template_is_refused_soon(name: str) -> None:
-    start = time.process_time()
+    start = time.thread_time()
     with pytest.raises(BadInput, match="^the chat template") as caught:
         ChatTemplate(HOSTILE[name] + CHATML, tokenizer("bytes", FAMILIES["chatml"][3]))
     assert "\n" not in str(caught.value)
-    assert time.process_time() - start < 5.0, "ten times what the slowest took"
+    assert time.thread_time() - start < 15.0, "thirty times what the slowest took, of this thread alone"
 
 
 def test_threads_share_a_template_and_its_limits() -> None:

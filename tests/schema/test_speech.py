@@ -121,13 +121,13 @@ def test_a_long_text_costs_each_token_once() -> None:
     sounds, ids = Sounds(backend), random.Random(1).choices(range(300), k=4000)
 
     def seconds(count: int) -> float:
-        speech, began = Speech(sounds), time.perf_counter()
+        speech, began = Speech(sounds), time.thread_time()
         for index in ids[:count]:
             speech.add(index)
-        return time.perf_counter() - began
+        return time.thread_time() - began
 
-    began = time.perf_counter()
+    began = time.thread_time()
     for count in range(0, 4000, 20):
         backend.decode(ids[:count])
-    again = 20 * (time.perf_counter() - began)
+    again = 20 * (time.thread_time() - began)
     assert min(seconds(4000) for _ in range(3)) < again / 10, "decoding all of it for every token"

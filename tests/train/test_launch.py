@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from litchi.cli import main
 from litchi.config import BadInput
 from litchi.train.launch import Launch, Scheduler, adopt_slurm, arguments, first_host, label, write
 from tests.house.sources import ROOT
+from tests.parallel.stores import is_free
 from tests.train import toy
 
 LAUNCH = Launch("tiny run", arguments("recipes.tiny", ["data.note=it's"], Path("runs/tiny")), Path("runs/tiny"), 2, 8)
@@ -51,7 +53,7 @@ def directives(text: str) -> dict[str, str]:
 
 SBATCH = """#!/bin/bash
 # Runs the script here, for as many times as it is queued again.
-export SLURM_JOB_ID=$$ SLURM_JOB_NODELIST='localhost,other' SLURM_CPUS_PER_TASK=1 SLURM_RESTART_COUNT=0
+export SLURM_JOB_NODELIST='localhost,other' SLURM_CPUS_PER_TASK=1 SLURM_RESTART_COUNT=0
 export SLURM_PROCID=0 SLURM_NTASKS=4 SLURM_LOCALID=0
 export NODES=$(sed -n 's/^#SBATCH --nodes=//p' "$1") TASKS=$(sed -n 's/^#SBATCH --ntasks-per-node=//p' "$1")
 while :; do
@@ -91,7 +93,12 @@ def site(tmp_path: Path, litchi: str) -> dict[str, str]:
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    return kept | {"PATH": f"{folder}:{os.environ['PATH']}", "STATE": str(tmp_path)}
+    return kept | {"PATH": f"{folder}:{os.environ['PATH']}", "STATE": str(tmp_path), "SLURM_JOB_ID": free_job()}
+
+
+def free_job() -> str:
+    """A job whose port is free, and none of those that the system gives to connections of others."""
+    return next(str(job) for job in random.sample(range(12_000), 200) if is_free(20_000 + job))
 
 
 def test_two_machines_of_two_ranks_train_together(tmp_path):
@@ -103,7 +110,7 @@ cd "{ROOT}" && exec "{sys.executable}" -m tests.train.toy "{folder}"
 """
     path = script(tmp_path, Launch("toy", ("train", "toy"), folder, nodes=2, ranks=2, restarts=1))
     env = site(tmp_path, litchi)
-    answer = subprocess.run(["sbatch", path], env=env, capture_output=True, text=True, timeout=120)
+    answer = subprocess.run(["sbatch", path], env=env, capture_output=True, text=True, timeout=600)
     assert answer.returncode == 0, answer.stderr
     step, weights = toy.restore(folder)
     assert (step, weights.tolist()) == (toy.STEPS, toy.expected(4))
@@ -137,7 +144,7 @@ exit "${code#-}"
     (tmp_path / "run" / "train").mkdir(parents=True)
     (tmp_path / "codes").write_text(" ".join(map(str, codes)) + "\n")
     path = script(tmp_path, Launch("x", ("train", "x"), tmp_path / "run", nodes=2, ranks=1, restarts=1))
-    answer = subprocess.run(["sbatch", path], env=site(tmp_path, litchi), capture_output=True, text=True, timeout=60)
+    answer = subprocess.run(["sbatch", path], env=site(tmp_path, litchi), capture_output=True, text=True, timeout=600)
     assert answer.returncode == code, answer.stderr
     assert len((tmp_path / "sruns").read_text().split()) == sruns, answer.stderr
 

@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,11 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from litchi.train.supervise import Plan, Process, environment, supervise
+from litchi.train.blame import Standing
+from litchi.train.supervise import Overdue, Plan, Process, environment, supervise
 from tests.train import toy
 
-PLAN = Plan(ranks=3, restarts=2, poll=0.02, settle=0.5, lag=1.0)
+PLAN = Plan(ranks=3, restarts=2, poll=0.02, settle=30.0)
 TWO = replace(PLAN, ranks=2)
+STUCK = replace(TWO, settle=0.5)
+"""For a rank that does not end by itself, for which nobody would wait longer."""
 
 
 class Forked:
@@ -70,10 +72,14 @@ def assert_same_result(folder: Path, size: int = 3, steps: int = toy.STEPS) -> N
         ),
         (
             "1 stop 5",
-            TWO,
+            STUCK,
             ["rank 1 (", "silent for", "in step 5", "rank 0 waits in all_reduce at tests", "stopped by a"],
         ),
-        ("0 hold 5", TWO, ["rank 0 (", "silent for", "in step 5", "rank 1 waits in all_reduce at tests/train/toy.py"]),
+        (
+            "0 hold 5",
+            STUCK,
+            ["rank 0 (", "silent for", "in step 5", "rank 1 waits in all_reduce at tests/train/toy.py"],
+        ),
     ],
     ids=["killed", "failed", "hung", "stopped", "holding"],
 )
@@ -113,23 +119,58 @@ def test_a_far_slower_rank_has_all_restarted_once(tmp_path, capfd):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_asked_to_stop_the_ranks_save_and_stop(tmp_path, capfd, number):
-    """The order comes once training goes on; the same command then goes on from there."""
+    """The order comes once training goes on, and no later than its end; the same command then goes on from there."""
+    over = threading.Event()
 
     def order() -> None:
         while not (tmp_path / "toy.txt").exists():
-            time.sleep(0.01)
+            if over.wait(0.01):
+                return
         os.kill(os.getpid(), number)
 
     before = signal.getsignal(number)
     thread = threading.Thread(target=order)
     thread.start()
-    assert run(tmp_path, "1 slow 0", replace(TWO, far_slower=1e9)) == 130
-    thread.join()
+    try:
+        assert run(tmp_path, "1 obey 4", TWO) == 130
+    finally:
+        over.set()
+        thread.join()
     step, weights = toy.restore(tmp_path)
-    assert 2 <= step < toy.STEPS and weights.tolist() == toy.expected(2, step)
+    assert 2 <= step <= 4 and weights.tolist() == toy.expected(2, step)
     assert signal.getsignal(number) is before
     assert run(tmp_path, "", TWO) == 0
     assert_same_result(tmp_path, size=2)
+
+
+class Clock:
+    """Time as a test lets it pass."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_nobody_is_overdue_for_a_time_that_nobody_saw(monkeypatch):
+    """A job that was suspended for an hour, or a machine whose clock was set, has no rank that hangs."""
+    monkeypatch.setattr("time.monotonic", clock := Clock())
+    overdue, standing = Overdue(PLAN), Standing(1, "host", 1, since=-3600.0, limit=2.0)
+    assert not overdue(standing)
+    clock.now += 3600.0
+    overdue.pace.look()
+    assert not overdue(standing)
+    for _ in range(200):
+        clock.now += 0.1
+        overdue.pace.look()
+    assert not overdue(standing) and overdue.pace.seconds < standing.limit + PLAN.lag
+    for _ in range(20):
+        clock.now += 0.1
+        overdue.pace.look()
+    assert overdue(standing)
+    assert not overdue(replace(standing, since=4600.0)), "it goes on"
+    assert not overdue(replace(standing, limit=0.0)), "it has not said what its limit is"
 
 
 def test_ranks_are_told_what_torchrun_tells(monkeypatch):

@@ -19,17 +19,31 @@ import torch
 import torch.distributed as dist
 
 from litchi.parallel.mesh import World, started_by_launcher
+from litchi.train.blame import read_standings
 from litchi.train.launch import adopt_slurm
-from litchi.train.watch import Watch, WatchConfig
+from litchi.train.watch import FOLDER, Watch, WatchConfig
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["__main__", __name__])  # torch is imported once for the ranks of all tests
 STEPS = 8
-CONFIG = WatchConfig(hang_after=1.2, patience=30.0, beat=0.1, sample=0.01, grace=0.3)
+PLAYED = "played"
+"""A file that is there once a trick has been played."""
+CONFIG = WatchConfig(hang_after=60.0, patience=60.0, beat=0.1, sample=0.01, grace=0.3)
+
+
+class Keen(Watch):
+    """Patient, until a rank of this attempt has played a trick of which all others wait already."""
+
+    def limit(self) -> float:
+        played = first_attempt() and (self.folder.parent / PLAYED).exists()
+        return 1.2 if played else super().limit()
 
 
 def train(folder: Path, trick: str = "", steps: int = STEPS, config: WatchConfig = CONFIG) -> None:
-    """`trick` is "RANK KIND STEP": at that step that rank does what KIND says, in the first attempt only."""
+    """`trick` is "RANK KIND STEP": at that step that rank does what KIND says, in the first attempt only.
+
+    Of a rank that is slow that attempt has no end but by the supervisor, though what it saves ends where it should.
+    """
     asked: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: asked.append(number))
@@ -37,16 +51,17 @@ def train(folder: Path, trick: str = "", steps: int = STEPS, config: WatchConfig
         dist.init_process_group("gloo")
     world = World(rank=int(os.environ.get("RANK", "0")), size=int(os.environ.get("WORLD_SIZE", "1")))
     step, weights = restore(folder)
-    with Watch(world, folder, config) as watch:
-        while step < steps:
-            if not play(trick, world.rank, step + 1):
+    endless = " slow " in trick and first_attempt()
+    with Keen(world, folder, config) as watch:
+        while step < (40 * steps if endless else steps):
+            if not play(trick, world, step + 1, folder, asked):
                 weights += gradient(world, step)
             step += 1
             if world.size > 1:
                 dist.barrier()
             watch.step(step)
             stop = agreed(bool(asked), world)
-            if world.rank == 0 and (step % 2 == 0 or stop):
+            if world.rank == 0 and (step % 2 == 0 or stop) and step < (steps if endless else steps + 1):
                 with watch.during("save"):
                     save(folder, step, weights)
             if stop:
@@ -76,17 +91,22 @@ def expected(size: int, steps: int = STEPS) -> list[float]:
     return [float(sum(range(steps + 1)) * sum(range(size + 1)))] * 4
 
 
-def play(trick: str, rank: int, step: int) -> bool:
+def first_attempt() -> bool:
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+
+
+def play(trick: str, world: World, step: int, folder: Path, asked: list[int]) -> bool:
     """Do what a trick says, if it is this rank's turn; whether this step has no gradient then."""
     who, kind, when = trick.split() if trick else ("-1", "", "0")
-    repeats = kind.startswith("always-")
-    if rank != int(who) or (os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and not repeats):
+    if world.rank != int(who) or not (first_attempt() or kind.startswith("always-")):
         return False
-    if kind == "slow" and step >= int(when):
-        work(0.1)
+    if kind == "slow":
+        work(0.1 if step >= int(when) else 0.0)
         return False
     if step != int(when):
         return False
+    if kind in ("stop", "sleep", "hold", "skip"):
+        await_others(folder, world, step)
     match kind.removeprefix("always-"):
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -97,16 +117,30 @@ def play(trick: str, rank: int, step: int) -> bool:
         case "sleep":
             read_from_a_dead_disk()
         case "hold":
-            ctypes.PyDLL(None).sleep(60)  # in C, and the interpreter stays locked
+            ctypes.PyDLL(None).sleep(600)  # in C, and the interpreter stays locked
         case "refuse":
             os._exit(2)
+        case "obey":
+            while not asked:
+                time.sleep(0.01)
         case "skip":
             return True
     return False
 
 
+def await_others(folder: Path, world: World, step: int) -> None:
+    """Until all others wait for this rank, and will for good; from then on they may lose patience."""
+    while True:
+        standings = read_standings(folder / FOLDER, world.size)
+        waiting = [s for s in standings.values() if s.step == step - 1 and s.collective == "all_reduce"]
+        if len({s.rank for s in waiting} - {world.rank}) == world.size - 1:
+            break
+        time.sleep(0.01)
+    (folder / PLAYED).touch()
+
+
 def read_from_a_dead_disk() -> None:
-    time.sleep(60)
+    time.sleep(600)
 
 
 def work(seconds: float) -> None:

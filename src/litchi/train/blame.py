@@ -81,17 +81,18 @@ def blame(standings: Mapping[int, Standing], size: int, ends: Mapping[int, int],
     if alone:  # who fails inside a collective most often fails because another has
         first = min(alone, key=lambda rank: (standings[rank].at if rank in standings else 0.0, rank))
         return Blame((first,), say_failed(standings.get(first), first, ends.get(first)))
-    return blame_hang(standings, size, silent=silent)
+    return blame_hang(standings, size, ends, silent=silent)
 
 
-def blame_hang(standings: Mapping[int, Standing], size: int, *, silent: float) -> Blame:
+def blame_hang(standings: Mapping[int, Standing], size: int, ends: Mapping[int, int], *, silent: float) -> Blame:
     """Whom the others wait for: a rank never heard of, silent, outside their collective, behind, or in another one."""
     missing = tuple(rank for rank in range(size) if rank not in standings)
     if missing:
         names = f"rank {missing[0]}" if len(missing) == 1 else f"ranks {', '.join(map(str, missing))}"
         return Blame(missing, f"{names} did not begin: no word from {'it' if len(missing) == 1 else 'them'}")
     newest = max(s.at for s in standings.values())
-    quiet = [s for s in standings.values() if newest - s.at > silent and s.phase != "done" and not s.failure]
+    running = [s for rank, s in standings.items() if rank not in ends and s.phase != "done" and not s.failure]
+    quiet = [s for s in running if newest - s.at > silent]
     waiting = [s for s in standings.values() if s.collective and s not in quiet]
     if quiet:
         s, step = min(quiet, key=lambda s: s.at), 1 + max(s.step for s in standings.values())

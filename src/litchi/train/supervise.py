@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch.distributed as dist
 
 from litchi.train.blame import BAD_INPUT, INTERRUPTED, Blame, Standing, blame, forget, read_standings, straggling
+from litchi.train.pace import Pace
 from litchi.train.watch import FOLDER, SUPERVISED
 
 
@@ -116,9 +117,10 @@ def attempt(
 
 def attend(crew: Mapping[int, Process], board: Path, plan: Plan, orders: Orders, forgiven: set[int]) -> End:
     """Wait for the end of all ranks, or for the loss of one."""
-    looked = 0.0
+    looked, overdue = 0.0, Overdue(plan)
     while True:
         orders.wait(plan.poll)
+        overdue.pace.look()
         orders.pass_on(crew)
         ends = {rank: code for rank, process in crew.items() if (code := process.poll()) is not None}
         if len(ends) == len(crew) and not any(ends.values()):
@@ -132,11 +134,25 @@ def attend(crew: Mapping[int, Process], board: Path, plan: Plan, orders: Orders,
         if time.monotonic() - looked >= 1.0:
             looked = time.monotonic()
             standings = read_standings(board, plan.ranks)
-            if any(time.time() - s.since > s.limit + plan.lag for s in standings.values() if s.limit):
+            if any([overdue(s) for s in standings.values()]):
                 return lost({}, board, plan, crew)
             found = straggling(standings, plan.far_slower)
             if slow := set(found.slow) - forgiven:
                 return End(None, furthest_step(standings), found.line, tuple(slow))
+
+
+class Overdue:
+    """Whether a rank has stood where it stands for longer than its limit and the lag, as far as was seen from here."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.pace, self.lag = Pace(10 * plan.poll), plan.lag
+        self.stood: dict[int, tuple[float, float]] = {}
+        """When each rank said that its step had begun, and what the pace was when that was first read."""
+
+    def __call__(self, s: Standing) -> bool:
+        if self.stood.get(s.rank, (None,))[0] != s.since:
+            self.stood[s.rank] = s.since, self.pace.seconds
+        return s.limit > 0 and self.pace.seconds - self.stood[s.rank][1] > s.limit + self.lag
 
 
 def dismiss(crew: Mapping[int, Process], patience: float = 60.0) -> None:

@@ -37,6 +37,7 @@ from litchi.train.blame import (
     write_standing,
 )
 from litchi.train.calls import Stack, shown, stack_of, stacks, walk
+from litchi.train.pace import Pace
 
 FOLDER = "ranks"
 """Below the folder of a run, where ranks write of themselves."""
@@ -44,6 +45,8 @@ SUPERVISED = "LITCHI_SUPERVISED"
 """Set for ranks whose supervisor reads what they write and says it once."""
 SETTLED = 3
 """Steps after which the time of a step is known: the first ones compile and allocate."""
+STALL = 10
+"""Looks that a pause between two of them counts as at most: longer ones are pauses of the whole machine."""
 SAMPLES = 20
 """Looks at the main thread that make one measurement of how long it waits for others."""
 TORCH = os.path.dirname(torch.__file__) + os.sep
@@ -96,7 +99,8 @@ class Watch:
         self.names = {} if model is None else {id(m): name for name, m in model.named_modules()}
         self.host, self.parent = socket.gethostname(), os.getppid()
         self.ended, self.now = 0, "start"
-        self.since, self.mark = time.time(), time.monotonic()
+        self.pace = Pace(STALL * self.config.sample)
+        self.since, self.mark, self.seen = time.time(), time.monotonic(), 0.0
         self.times: deque[float] = deque(maxlen=50)
         self.shares = Shares()
         self.straggling = Straggling(1.0, 0, (), "")
@@ -142,7 +146,7 @@ class Watch:
         self.turn("train")
 
     def turn(self, phase: str) -> None:
-        self.now, self.since, self.mark = phase, time.time(), time.monotonic()
+        self.now, self.since, self.mark, self.seen = phase, time.time(), time.monotonic(), self.pace.seconds
 
     def row(self) -> dict[str, float]:
         """For the metrics of rank 0: seconds a step of its own work, and the longest of all ranks over their mean."""
@@ -174,7 +178,7 @@ class Watch:
             if self.rank == 0 and self.size > 1 and now >= compare:
                 compare = now + 10 * every
                 self.compare()
-            if time.monotonic() - self.mark > self.limit():
+            if self.pace.look() - self.seen > self.limit():
                 self.give_up()
             if SUPERVISED in os.environ and os.getppid() != self.parent:
                 os._exit(HUNG)  # nobody is left who would end or restart this rank
@@ -201,7 +205,9 @@ class Watch:
             print(f"litchi: {blame(standings, self.size, {}, silent=silent).line}", file=sys.stderr, flush=True)
         if self.size > 1 or SUPERVISED in os.environ or self.config.hang_after:
             os._exit(HUNG)
-        self.mark = time.monotonic()  # nobody waits for it and nobody would start it again: perhaps it is in a debugger
+        self.seen = (
+            self.pace.seconds
+        )  # nobody waits for it and nobody would start it again: perhaps it is in a debugger
 
     def standing(self, line: str = "", collective: str = "", module: str = "", failure: str = "") -> Standing:
         return Standing(
