@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -192,6 +193,23 @@ def test_what_a_first_start_refuses_is_told_at_once_and_what_a_later_one_refuses
     fresh = Lives(Path(), CONFIG)
     fresh.fails(members[1], "input", "the weights are torn")
     assert not fresh.alive and fresh.fault == "the weights are torn"
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_a_door_that_stood_still_itself_does_not_take_it_for_its_workers_doing(monkeypatch, stops: bool) -> None:
+    """As on a machine that was stopped and goes on: every worker would be killed, with all that it answers."""
+    lives, now, rounds = Lives(Path(), CONFIG), [0.0], iter(range(200))
+    member = Member(0, SimpleNamespace(returncode=0), None, ready=True, moved=0.0)  # type: ignore[arg-type]
+    lives.members.append(member)
+
+    def wait(seconds: float) -> None:
+        now[0] += seconds + 1000 * stops
+        lives.closing = next(rounds) == (50 if stops else 150)
+
+    monkeypatch.setattr(keeper, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(lives.changed, "wait", wait)
+    lives.watch()
+    assert now[0] > CONFIG.worker_patience and bool(member.fault) != stops
 
 
 def test_what_has_been_started_is_started_again_without_harm() -> None:

@@ -217,7 +217,11 @@ class Keeper:
                     if still > patience and not member.fault:
                         member.fault = f"had done nothing for {still:.0f} s{member.since}"
                         end(member.process)
-                self.changed.wait(max(0.0, min([1.0, *(at - now for at in self.due.values())])))
+                pause = max(0.0, min([1.0, *(at - now for at in self.due.values())]))
+                self.changed.wait(pause)
+                held = max(0.0, time.monotonic() - now - pause)
+                for member in self.members:  # while this process stood still, it heard nobody
+                    member.moved += held
 
 
 def launched(place: int, folder: Path, config: ServeConfig) -> Member:
