@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import random
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -22,7 +22,6 @@ from litchi.serve.fleet import Fleet
 from litchi.serve.loading import load_answerer, load_engine
 from litchi.serve.run import ServeConfig
 from litchi.serve.scheduler import EngineConfig
-from litchi.serve.tensor import one_fate
 from tests.model.lora_folders import lora_folder
 from tests.serve.test_fleet import Heard, kill  # noqa: F401 (fixture)
 
@@ -118,11 +117,16 @@ def test_a_rank_that_is_killed_ends_its_worker_and_another_pair_goes_on(pair: Fl
 
 def test_a_step_that_fails_on_one_rank_is_nobodys_answer() -> None:
     """A connection that broke may be heard of before the death of the rank at its other end."""
-    if not (child := os.fork()):
-        with one_fate():
-            raise RuntimeError("Connection closed by peer")
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    program = """
+from litchi.serve.tensor import one_fate
+try:
+    with one_fate():
+        raise RuntimeError("Connection closed by peer")
+finally:
+    print("somebody heard of it")
+"""
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (answer.returncode, answer.stdout) == (1, ""), answer.stderr
 
 
 def test_what_does_not_divide_is_refused() -> None:
