@@ -74,7 +74,10 @@ class Place:
 
 def demo(args: argparse.Namespace) -> int:
     """Run all stages of a small recipe, ask the result a question over HTTP, and show its board and its page."""
+    from litchi.envs.rooms import check_rooms
+
     run, place = begin(args)
+    check_rooms("serve.envs", run.serve.envs)
     make_data(run, place)
     checkpoint = make_checkpoint(run, place)
     with listening(run, checkpoint) as address:
@@ -165,11 +168,25 @@ def serve(args: argparse.Namespace) -> int:
         from litchi.serve.run import run as serve_run
 
         config = serve_config(checkpoint, args.settings)
+        check_envs(config, checkpoint)
         answerer = load_answerer(checkpoint, config, check, import_door)
     if not answerer.processor.draws:
         config = replace(config, abilities=("see",) if answerer.processor.sees else (), side=0)
     serve_run(config, answerer, make_room)
     return 0
+
+
+def check_envs(config: ServeConfig, checkpoint: Path) -> None:
+    """Raises BadInput for a room that `make_room` cannot make, and for the extra if rooms are asked for without it.
+
+    A model that others trained has none: it is served without the extra, and needs it only if rooms are named for it.
+    """
+    from litchi.serve.run import ServeConfig
+
+    if (checkpoint / "run.json").is_file() or config.envs != ServeConfig().envs:
+        from litchi.envs.rooms import check_rooms
+
+        check_rooms("serve.envs", config.envs)
 
 
 def make_room(env: str, seed: int) -> Room:
