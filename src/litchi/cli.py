@@ -160,16 +160,17 @@ def verify(args: argparse.Namespace) -> int:
 
 def serve(args: argparse.Namespace) -> int:
     """Open the door and the page for a checkpoint, by folder or by the name of one that is shipped."""
+    from litchi.serve.spawn import early
     from litchi.serve.starting import import_door, starting
 
     checkpoint = find_checkpoint(args.checkpoint)
-    with starting(checkpoint) as check:
+    with early(checkpoint, args.settings) as workers, starting(checkpoint) as check:
         from litchi.serve.loading import load_answerer
         from litchi.serve.run import run as serve_run
 
         config = serve_config(checkpoint, args.settings)
         check_envs(config, checkpoint)
-        answerer = load_answerer(checkpoint, config, check, import_door)
+        answerer = load_answerer(checkpoint, config, check, import_door, workers)
     if not answerer.processor.draws:
         config = replace(config, abilities=("see",) if answerer.processor.sees else (), side=0)
     serve_run(config, answerer, make_room)

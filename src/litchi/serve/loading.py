@@ -18,6 +18,7 @@ from litchi.serve.models import load_adapters
 from litchi.serve.placing import placing
 from litchi.serve.ranks import dtype_of, muster
 from litchi.serve.settings import check
+from litchi.serve.spawn import Early
 from litchi.serve.tensor import TensorRunner
 
 if TYPE_CHECKING:
@@ -50,11 +51,15 @@ def load_engine(
 
 
 def load_answerer(
-    folder: Path, config: ServeConfig, files: Check | None = None, meanwhile: Callable[[], None] = lambda: None
+    folder: Path,
+    config: ServeConfig,
+    files: Check | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
+    early: Early | None = None,
 ) -> Engine | Fleet:
     """An engine, or with `serve.workers` as many processes that have one each, started and ready. Raises BadInput.
 
-    `files` and `meanwhile` are `load_engine`'s; workers check for themselves.
+    `files` and `meanwhile` are `load_engine`'s; workers check for themselves. `early` are workers that wait already.
     """
     check(config)
     if not config.workers and config.tensor == 1:
@@ -62,4 +67,4 @@ def load_answerer(
     meanwhile()
     if files is not None:
         files.leave()
-    return Fleet(folder, replace(config, workers=max(config.workers, 1))).start()
+    return Fleet(folder, replace(config, workers=max(config.workers, 1)), early).start()
