@@ -9,6 +9,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
+from litchi.model.largepages import LargePages
 from litchi.model.seal import Check
 from litchi.model.weights import load
 from litchi.serve.draft import SAME
@@ -16,13 +19,13 @@ from litchi.serve.engine import Engine
 from litchi.serve.fleet import Fleet
 from litchi.serve.models import load_adapters
 from litchi.serve.placing import placing
-from litchi.serve.ranks import dtype_of, muster
 from litchi.serve.settings import check
 from litchi.serve.spawn import Early
-from litchi.serve.tensor import TensorRunner
 
 if TYPE_CHECKING:
+    from litchi.model.network import Model
     from litchi.serve.run import ServeConfig
+    from litchi.serve.runner import Runner
 
 
 def load_engine(
@@ -40,14 +43,25 @@ def load_engine(
     """
     c, number = config.engine, place * config.tensor
     where = placing(c, number)
-    world = muster(folder, config, number) if config.tensor > 1 else None  # so that they load beside each other
-    loaded = load(folder, place=where, checked=files)
+    # Before anything is loaded, so that the ranks load beside each other.
+    share = shared(folder, config, number) if config.tensor > 1 else None
+    empty = torch.empty if where else LargePages().empty  # what goes to a GPU is here for a moment only
+    loaded = load(folder, place=where, checked=files, empty=empty)
     meanwhile()
     draft = load(Path(c.draft), place=where) if c.guess == "draft" and c.draft not in SAME else None
     weights = sha256(json.dumps(loaded.meta["files"], sort_keys=True).encode()).hexdigest()
     adapters = load_adapters(loaded.model, config.model, config.adapters)
-    runner = None if world is None else TensorRunner(loaded.model, dtype_of(config), world)
+    runner = None if share is None else share(loaded.model)
     return Engine(loaded.model, loaded.processor, c, weights, runner, adapters, draft, take=True).look()
+
+
+def shared(folder: Path, config: ServeConfig, number: int) -> Callable[[Model], Runner]:
+    """Starts the other ranks; makes what computes with them."""
+    from litchi.serve.ranks import dtype_of, muster  # here, since one process does without
+    from litchi.serve.tensor import TensorRunner
+
+    world = muster(folder, config, number)
+    return lambda model: TensorRunner(model, dtype_of(config), world)
 
 
 def load_answerer(

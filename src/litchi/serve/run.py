@@ -130,7 +130,8 @@ def run(config: ServeConfig, sampler: Sampler | Fleet, make_room: MakeRoom) -> N
     if config.host not in LOOPBACK and not config.api_key:
         logging.getLogger("litchi.serve").warning("open to the network without api_key: whoever reaches it may use it")
     darkroom = Darkroom(config.max_pixels)
-    darkroom.warm()  # beside the application, which takes longer to load
+    if config.abilities:  # beside the application, which takes longer to load; a model of words alone is shown nothing
+        darkroom.warm()
     server = uvicorn.Server(uvicorn_config(config, sampler, make_room, darkroom))
     listener = bind(config.host, config.port)
     host, port = listener.getsockname()[:2]
