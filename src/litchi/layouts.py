@@ -1,16 +1,12 @@
-"""Verbs about layouts, steps and speed: what `litchi certify`, `plan`, `bench` and `train --replay` do and print.
-
-`convert --calibrate` too.
-"""
+"""Verbs about layouts, steps and speed: what `litchi certify`, `plan`, `bench` and `train --replay` do and print."""
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +17,6 @@ from litchi.record import Progress, table
 if TYPE_CHECKING:
     from litchi.parallel.anatomy import Workload
     from litchi.run import Run
-    from litchi.schema.sequence import TokenSequence
     from litchi.serve.crowd import Report
     from litchi.train.certify import Finding
     from litchi.train.replay import Replay
@@ -232,51 +227,3 @@ def add_bench_arguments(sub: argparse.ArgumentParser) -> None:
 
 def first_line(function: Callable[[argparse.Namespace], int]) -> str:
     return (function.__doc__ or "").split("\n")[0]
-
-
-# ---- convert --calibrate ------------------------------------------------------------------------------------------
-
-
-def add_calibration(parser: argparse.ArgumentParser) -> None:
-    words = "round layers to int4's grid, by what they read of a text file or of the train split of a folder of shards"
-    parser.add_argument("--calibrate", type=Path, metavar="PATH", help=words)
-    parser.add_argument("--tokens", type=int, default=32_768, help="that are read of it (default 32768)")
-
-
-def calibrate(args: argparse.Namespace, checkpoint: Path) -> None:
-    """Write a checkpoint whose layers lie on int4's grid; a killed one leaves nothing at the destination."""
-    import torch
-
-    from litchi.model.calibrate import batches, calibrate, text_windows
-    from litchi.model.weights import load_config, load_processor
-
-    if args.to != "litchi" or args.known:
-        raise BadInput("--calibrate writes a checkpoint: leave --to and --as out, and convert what it wrote")
-    if args.tokens < 1:
-        raise BadInput(f"--tokens={args.tokens}: name how many are read, such as 32768")
-    if args.calibrate.is_dir():
-        documents = shown_in_training(checkpoint, args.calibrate)
-    else:
-        documents = text_windows(args.calibrate, load_processor(checkpoint / "processor"), args.tokens)
-    with Progress(load_config(checkpoint).num_layers, "layers") as progress:
-        dtype, read = getattr(torch, args.dtype), batches(documents, args.tokens)
-        count = calibrate(checkpoint, args.destination, read, dtype=dtype, told=progress.advance)
-    print(f"{args.destination}: {count:,} weights of layers on the grid of int4")
-
-
-def shown_in_training(checkpoint: Path, folder: Path) -> Iterator[TokenSequence]:
-    """The documents of a run's own mixture, in the order in which its training read them. Never its test split."""
-    import numpy as np
-
-    from litchi.config import from_json
-    from litchi.data.loader import Loader, open_shelves
-    from litchi.model.weights import load_processor
-    from litchi.run import Run
-
-    if not (checkpoint / "run.json").is_file():
-        raise BadInput(f"{checkpoint} was trained by others, who had no shards: name a text file instead of {folder}")
-    run = from_json(Run, (checkpoint / "run.json").read_text(encoding="utf-8"))
-    processor = load_processor(checkpoint / "processor")
-    at = Loader(open_shelves(folder, "train"), run.mixture, run.train.seed).at
-    for index in itertools.count():
-        yield processor.encode(at(index), np.random.default_rng(index))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import os
 import sys
@@ -221,4 +222,19 @@ def need(extra: str, module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise BadInput(f"{module} needs the extra {extra!r}: pip install 'litchi[{extra}]'") from error
+        raise missing(extra, module) from error
+
+
+def require(extra: str, *modules: str) -> None:
+    """Raises what `need` raises, but imports nothing."""
+    for module in modules:
+        try:
+            found = importlib.util.find_spec(module)
+        except ModuleNotFoundError:
+            found = None
+        if found is None:
+            raise missing(extra, module)
+
+
+def missing(extra: str, module: str) -> BadInput:
+    return BadInput(f"{module} needs the extra {extra!r}: pip install 'litchi[{extra}]'")

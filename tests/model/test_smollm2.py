@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from litchi.cli import load_sampler, main, make_smollm2
+from litchi.checkpoints import make_smollm2
+from litchi.cli import load_sampler, main
 from litchi.model.convert import load_foreign
 from litchi.model.families import llama_name
 from litchi.schema.request import Request, SamplingParams

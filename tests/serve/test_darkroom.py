@@ -10,6 +10,7 @@ from PIL import Image as Pillow
 
 from litchi.serve import darkroom
 from litchi.serve.darkroom import Darkroom
+from litchi.serve.run import ServeConfig, run
 from tests.serve.test_attacks_by_pictures import saved
 
 
@@ -67,3 +68,13 @@ def test_one_child_serves_one_picture_after_another_until_its_life_is_over(monke
         room.close()
     with pytest.raises(darkroom.BadInput, match="stopping"):
         room.decode(raw, 0, 64)
+
+
+@pytest.mark.parametrize(("abilities", "warmed"), [((), 0), (("see",), 1), (("draw", "dream"), 1)])
+def test_a_model_that_is_shown_no_pictures_has_nobody_wait_for_them(abilities, warmed, painter, monkeypatch) -> None:
+    """At a start of two seconds another process is in the way."""
+    asked: list[Darkroom] = []
+    monkeypatch.setattr(Darkroom, "warm", lambda darkroom: asked.append(darkroom))
+    monkeypatch.setattr("uvicorn.Server.run", lambda server, sockets: sockets[0].close())
+    run(ServeConfig(abilities=abilities, port=0), painter(), lambda name, seed: None)
+    assert len(asked) == warmed

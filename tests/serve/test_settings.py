@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import fields
 
 import pytest
 
-from litchi.cli import load_sampler, main
+from litchi.cli import check_envs, load_sampler, main
 from litchi.config import BadInput
 from litchi.serve.run import ServeConfig, uvicorn_config
 from litchi.serve.scheduler import EngineConfig
@@ -17,6 +18,8 @@ BAD = {
     'serve.api_key=" k"': "take them out",
     "serve.port=65536": "give 0 (a free one) to 65535",
     "serve.envs=[]": "name at least the room",
+    'serve.envs=["BabyAI-GoToLocal-v0","BabyAI-GoToLocl-v0"]': "did you mean 'BabyAI-GoToLocal-v0'?",
+    'serve.envs=["kitchen"]': "choose among BabyAI-GoToLocal-v0, BabyAI-",
     'serve.abilities=["sees"]': "give some of see, draw, dream, watch",
     'serve.allowed_hosts=["Example.com"]': "small letters",
     'serve.allowed_hosts=["example.com:8000"]': "without scheme or port",
@@ -36,15 +39,30 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("setting", BAD)
-def test_what_cannot_work_is_refused_before_weights_are_read(setting: str, monkeypatch, capsys) -> None:
+def test_what_cannot_work_is_refused_before_weights_are_read(setting: str, workers: int, monkeypatch, capsys) -> None:
     def read(*_: object) -> None:
-        raise AssertionError("weights were read")
+        raise AssertionError("weights were read, or a worker started that reads them")
 
     monkeypatch.setattr("litchi.serve.loading.load", read)
-    assert main(["serve", "tiny", "--set", setting]) != 0
+    monkeypatch.setattr("litchi.serve.loading.Fleet", read)
+    assert main(["serve", "tiny", "--set", setting, "--set", f"serve.workers={workers}"]) != 0
     said = capsys.readouterr().err.strip()
     assert BAD[setting] in said and setting.split("=")[0] in said and "\n" not in said
+
+
+def test_a_model_without_rooms_needs_their_extra_only_where_rooms_are_named(tmp_path, monkeypatch) -> None:
+    """One that others trained is served where no simulator is installed."""
+    for module in ("litchi.envs", "litchi.envs.rooms"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setitem(sys.modules, "minigrid", None)  # as if it were not installed
+    check_envs(ServeConfig(), tmp_path)
+    with pytest.raises(BadInput, match=r"minigrid needs the extra 'rooms': pip install 'litchi\[rooms\]'"):
+        check_envs(ServeConfig(envs=("BabyAI-GoToObj-v0",)), tmp_path)
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(BadInput, match="needs the extra 'rooms'"):
+        check_envs(ServeConfig(), tmp_path)
 
 
 def test_a_door_over_any_other_sampler_refuses_them_too(painter) -> None:

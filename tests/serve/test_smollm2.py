@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from litchi.cli import make_smollm2
+from litchi.checkpoints import make_smollm2
 from litchi.model import compiled
 from litchi.model.packing import Format
 from litchi.model.weights import load

@@ -19,7 +19,7 @@ from litchi.config import BadInput
 from litchi.model.seal import Check, check_files, digest, read_meta
 from litchi.serve.starting import import_all, starting
 
-EARLY = "litchi.cli, litchi.serve.starting, litchi.serve.member, litchi.model.seal"
+EARLY = "litchi.cli, litchi.serve.starting, litchi.serve.member, litchi.serve.spawn, litchi.model.seal"
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +49,14 @@ def test_what_begins_before_torch_is_there_does_not_import_it() -> None:
         check=True,
     )
     assert found.stdout.strip() == "False"
+
+
+def test_one_process_imports_nothing_of_what_others_need() -> None:
+    """Neither how ranks share a network nor what families of models there are."""
+    program = "import sys, litchi.serve.loading, litchi.serve.run; print(*sys.modules)"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    needless = {"litchi.serve.ranks", "litchi.serve.tensor", "litchi.parallel", "litchi.model.families", "minigrid"}
+    assert not needless & set(found.stdout.split())
 
 
 def test_files_are_checked_in_a_thread_of_its_own(torn: Path) -> None:

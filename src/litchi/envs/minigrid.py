@@ -34,9 +34,9 @@ class Room:
     def __init__(self, env_id: str = "BabyAI-GoToLocal-v0", view: View = "full") -> None:
         try:
             self.sim: Any = gymnasium.make(env_id, disable_env_checker=True).unwrapped
-        except gymnasium.error.Error as error:
+        except (gymnasium.error.Error, ImportError) as error:
             raise BadInput(f"no room {env_id!r}: {error}; choose a single-room BabyAI level") from error
-        width, height = self.sim.width, self.sim.height
+        width, height = getattr(self.sim, "width", 0), getattr(self.sim, "height", 0)
         if (width, height) != (SIDE, SIDE):
             raise BadInput(f"{env_id} is {width}x{height} tiles, not {SIDE}x{SIDE}: choose another level")
         if view not in ("full", "agent"):

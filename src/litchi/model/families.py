@@ -17,11 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from litchi.config import BadInput
+from litchi.model.asked import Asked, Json
 from litchi.model.moe import Mixture
 from litchi.model.network import Model, ModelConfig
 from litchi.model.rope import Linear, Llama3, Scaling
-
-Json = Mapping[str, Any]
 
 LLAMAS = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 """Families that share Llama's names; Yi and SmolLM2 are Llamas."""
@@ -389,29 +388,6 @@ def read_gguf(metadata: Json, tensors: Mapping[str, Any]) -> ModelConfig:
         qkv_bias="blk.0.attn_q.bias" in tensors,
         max_length=asked.config.get("context_length", 0),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """A foreign configuration, read with its errors."""
-
-    config: Json
-    family: str
-
-    def number(self, key: str) -> int:
-        value = self.config.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise BadInput(f"{self.family}: config.json must give {key} as a number above 0, not {value!r}")
-        return value
-
-    def divided(self, width: int, heads: int) -> int:
-        if width % heads:
-            raise BadInput(f"{self.family}: a width of {width} does not divide into {heads} heads")
-        return width // heads
-
-    def only(self, key: str, default: Any, *can: Any) -> None:
-        if (value := self.config.get(key, default)) not in can:
-            raise BadInput(f"{self.family}: {key}={value!r} cannot be computed here; {can[0]!r} can")
 
 
 # ---- configurations: out ------------------------------------------------------------------------------------------

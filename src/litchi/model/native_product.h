@@ -54,6 +54,12 @@ INLINE void fetch(const void* at, long bytes) {  // into the second cache, befor
 INLINE v16 fma(v16 a, v16 b, v16 c) {
 #if defined(__AVX512F__) && !defined(LITCHI_PLAIN)
   return (v16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__) && defined(__AVX__)  // in halves: compilers take the sixteen of the loop below one by one
+  __m256 x[2], y[2], z[2];
+  std::memcpy(x, &a, sizeof x), std::memcpy(y, &b, sizeof y), std::memcpy(z, &c, sizeof z);
+  for (int i = 0; i < 2; ++i) z[i] = _mm256_fmadd_ps(x[i], y[i], z[i]);
+  std::memcpy(&c, z, sizeof c);
+  return c;
 #elif defined(__FMA__) || defined(__aarch64__)
   for (int i = 0; i < 16; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
   return c;

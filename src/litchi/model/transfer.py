@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from litchi.config import BadInput, nearest
-from litchi.model.families import Asked
+from litchi.model.asked import Asked
 from litchi.model.tensorfile import check_finite, first_bytes, open_tensors
 from litchi.model.torchfile import read_pickled
 

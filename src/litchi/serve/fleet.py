@@ -25,6 +25,7 @@ from litchi.serve.keeper import Keeper, Member
 from litchi.serve.pipe import read, written
 from litchi.serve.receipts import Origin
 from litchi.serve.solo import Put
+from litchi.serve.spawn import Early
 
 if TYPE_CHECKING:
     from litchi.serve.run import ServeConfig
@@ -73,8 +74,8 @@ class Shape:
 class Fleet(Keeper, Asking):
     """An `Answerer` whose engines are processes."""
 
-    def __init__(self, folder: Path, config: ServeConfig) -> None:
-        super().__init__(folder, config)
+    def __init__(self, folder: Path, config: ServeConfig, early: Early | None = None) -> None:
+        super().__init__(folder, config, early)
         self.model = Shape(folder)
         self.homeless: OrderedDict[int, Ask] = OrderedDict()
         """Who waits for a worker."""

@@ -8,16 +8,11 @@ disk may take as long as it needs.
 from __future__ import annotations
 
 import logging
-import os
-import signal
-import socket
 import subprocess
-import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from litchi.config import BadInput, plain
 from litchi.serve.pipe import Pipe
 from litchi.serve.receipts import Origin
+from litchi.serve.spawn import Early, Spawned, end, spawn, threads_of
 
 if TYPE_CHECKING:
     from litchi.serve.fleet import Ask
@@ -66,8 +62,9 @@ class Member:
 class Keeper:
     """Keeps as many workers as the config says. Who inherits says what they are for: `hear`, `orphaned`, `drop`."""
 
-    def __init__(self, folder: Path, config: ServeConfig) -> None:
-        self.folder, self.config = folder, config
+    def __init__(self, folder: Path, config: ServeConfig, early: Early | None = None) -> None:
+        """`early` are processes that wait already; they are told what to serve before any other is started."""
+        self.folder, self.config, self.early = folder, config, early
         self.members: list[Member] = []
         self.changed = threading.Condition(threading.RLock())
         self.due: dict[int, float] = {}
@@ -134,7 +131,10 @@ class Keeper:
 
     def launch(self, place: int) -> None:
         try:
-            member = launched(place, self.folder, self.config)
+            c, found = self.config, None
+            if self.early is not None:
+                found = self.early.take(threads_of(c.workers, c.tensor))
+            member = launched(place, self.folder, c) if found is None else told(found, place, self.folder, c)
         except OSError as error:  # no memory, no processes left
             self.failed[place] += 1
             self.again(place, f"could not be started ({error})")
@@ -225,30 +225,13 @@ class Keeper:
 
 
 def launched(place: int, folder: Path, config: ServeConfig) -> Member:
-    """A process that has been told what to serve."""
-    ours, theirs = socket.socketpair()
-    threads = max(1, (os.cpu_count() or 1) // (config.workers * config.tensor))
-    try:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "litchi.serve.member", str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-            start_new_session=True,  # an interrupt at the keyboard is the door's to hear
-        )
-    except OSError:
-        ours.close()
-        raise
-    finally:
-        theirs.close()
-    member = Member(place, process, Pipe(ours))
-    told = plain(replace(config, api_key=""), type(config))
-    member.pipe.send({"folder": str(folder), "serve": told, "threads": threads, "place": place})
+    """A process that has been told what to serve. Raises OSError where none can be had."""
+    return told(spawn(threads_of(config.workers, config.tensor)), place, folder, config)
+
+
+def told(spawned: Spawned, place: int, folder: Path, config: ServeConfig) -> Member:
+    """A process that waited for it is told what to serve."""
+    member = Member(place, spawned.process, Pipe(spawned.end))
+    serve = plain(replace(config, api_key=""), type(config))
+    member.pipe.send({"folder": str(folder), "serve": serve, "threads": spawned.threads, "place": place})
     return member
-
-
-def end(process: subprocess.Popen) -> None:
-    """At once, with the ranks that it has started: one that hangs does not hear that the others are gone."""
-    if process.returncode is None:  # nobody has waited for it, so that its number is still its own
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)

@@ -5,12 +5,14 @@ It ends with the door: when the other end of the pipe is gone, nobody waits for 
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import socket
 import sys
 import threading
 import warnings
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -33,9 +35,12 @@ def main() -> None:
     """The life of the worker whose end of the pipe is the file descriptor that the command line names."""
     warnings.filterwarnings("ignore", message=".*torch.*")
     pipe = Pipe(socket.socket(fileno=int(sys.argv[1])))
+    gc.disable()  # as `starting` does
+    threading.Thread(target=import_engine, name="litchi-imports", daemon=True).start()
     task = pipe.receive()
+    gc.enable()
     if task is None:
-        return
+        os._exit(0)  # while torch is being imported, which no exit of Python's own may cut short
     started = logging.getLogger("litchi.start")
     started.setLevel(logging.DEBUG)
     started.addHandler(Teller(pipe))
@@ -50,6 +55,12 @@ def main() -> None:
     threading.Thread(target=beat, args=(pipe, engine), name="litchi-beat", daemon=True).start()
     Answers(pipe, engine).take()
     os._exit(0)  # threads of libraries must not keep a worker alive whom nobody asks
+
+
+def import_engine() -> None:
+    """While the door makes out what is to be served; what is wrong is told when it is needed."""
+    with suppress(Exception):
+        from litchi.serve import loading  # noqa: F401
 
 
 def begin(task: dict[str, Any]) -> Engine:

@@ -5,10 +5,10 @@ A request comes through `http` (the OpenAI endpoints, the world sessions, the pa
 chooses who reads, `guess` what is read ahead, its `runner` computes), and leaves as `answers` writes it, calls as
 `callreader` finds them. On a GPU weights lie where `placing` puts them, and `device` computes a step in `lanes` and
 `graphs`. Before all that `settings` refuses what cannot work, and `starting` does beside each other what can be. With
-workers the engines are processes (`member`), each at the end of a `pipe`, whose lives `keeper` keeps and whom `fleet`
-asks; several ranks of one worker share the network (`ranks`, `tensor`). Any other `Sampler` answers one at a time
-behind `solo`. `fetch` and `films` bring pictures in, `darkroom` decodes them, `swaps` brings other weights. Which model
-and which simulator stand behind the door is the caller's choice.
+workers the engines are processes (`member`), which `spawn` starts, each at the end of a `pipe`, whose lives `keeper`
+keeps and whom `fleet` asks; several ranks of one worker share the network (`ranks`, `tensor`). Any other `Sampler`
+answers one at a time behind `solo`. `fetch` and `films` bring pictures in, `darkroom` decodes them, `swaps` brings
+other weights. Which model and which simulator stand behind the door is the caller's choice.
 """
 
 from __future__ import annotations
@@ -130,7 +130,8 @@ def run(config: ServeConfig, sampler: Sampler | Fleet, make_room: MakeRoom) -> N
     if config.host not in LOOPBACK and not config.api_key:
         logging.getLogger("litchi.serve").warning("open to the network without api_key: whoever reaches it may use it")
     darkroom = Darkroom(config.max_pixels)
-    darkroom.warm()  # beside the application, which takes longer to load
+    if config.abilities:  # beside the application, which takes longer to load; a model of words alone is shown nothing
+        darkroom.warm()
     server = uvicorn.Server(uvicorn_config(config, sampler, make_room, darkroom))
     listener = bind(config.host, config.port)
     listener.listen()  # whoever reads the address below may come at once: he waits until the server is up
