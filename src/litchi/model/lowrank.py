@@ -7,12 +7,12 @@
 A projection of a row is W x + up (down x), two products more by `model.product`, so that the rules of `exact` hold for
 them as well; a row without an adapter is not touched.
 
-T tokens, O outputs of a matrix.
+T tokens, I inputs and O outputs of a matrix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from litchi.config import BadInput, nearest
 from litchi.model.adapters import Adapter, Update
-from litchi.model.layout import split_dim
 from litchi.model.network import Model
 
 Rows = Tensor | slice
@@ -36,16 +35,8 @@ class Adapters:
         self.model, self.device = model, model.embed_tokens.weight.device
         self.known = {adapter.name: self.placed(adapter) for adapter in adapters}
         self.now: list[tuple[Adapter, Rows]] = []
-        self.total: Callable[[Tensor], Tensor] | None = None
         for module in sorted({module for adapter in adapters for module in adapter.updates}):
             model.get_submodule(module).register_forward_hook(partial(self.add, module))
-
-    def split(self, index: int, size: int, total: Callable[[Tensor], Tensor]) -> None:
-        """Keep what rank `index` of `size` needs beside its slices of the network; `total` sums the parts of all."""
-        self.total = total
-        for name, adapter in self.known.items():
-            cut = {module: part(module, update, index, size) for module, update in adapter.updates.items()}
-            self.known[name] = replace(adapter, updates=cut)
 
     @property
     def digests(self) -> dict[str, str]:
@@ -91,23 +82,13 @@ class Adapters:
         """To what a projection said, in place."""
         for adapter, rows in self.now:
             if (update := adapter.updates.get(module)) is not None:
-                narrow = self.model.product(inputs[0][rows], update.down)
-                if self.total is not None and cut_along(module) == 1:  # of a rank's own inputs only
-                    narrow = self.total(narrow)
+                narrow = self.narrow(module, inputs[0][rows], update)
                 y_TO[rows] = y_TO[rows] + self.model.product(narrow, update.up)
+
+    def narrow(self, module: str, x_TI: Tensor, update: Update) -> Tensor:
+        """What `down` makes of what a projection reads."""
+        return self.model.product(x_TI, update.down)
 
     def placed(self, adapter: Adapter) -> Adapter:
         updates = {n: Update(u.down.to(self.device), u.up.to(self.device)) for n, u in adapter.updates.items()}
         return replace(adapter, updates=updates)
-
-
-def cut_along(module: str) -> int | None:
-    """The dimension along which the weight of a projection is shared out over ranks."""
-    return split_dim(f"{module}.weight", 2)
-
-
-def part(module: str, update: Update, index: int, size: int) -> Update:
-    """A rank's slice: of `up` where the outputs are shared out, of `down` where the inputs are."""
-    if cut_along(module) == 1:
-        return Update(update.down.chunk(size, 1)[index].clone(), update.up)
-    return Update(update.down, update.up.chunk(size, 0)[index].clone())

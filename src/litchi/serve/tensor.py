@@ -13,8 +13,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from functools import partial
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.distributed as dist
@@ -23,7 +22,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from litchi.model import exact
-from litchi.model.adapters import Adapter
+from litchi.model.adapters import Adapter, Update
+from litchi.model.layout import split_dim
 from litchi.model.lowrank import Adapters
 from litchi.model.network import Model
 from litchi.parallel import tensor
@@ -50,16 +50,15 @@ class TensorRunner(TorchRunner):
     """
 
     def __init__(self, model: Model, dtype: torch.dtype, world: World, adapters: Sequence[Adapter] = ()) -> None:
-        own = Adapters(placed(model, world.device, dtype), adapters)
-        reader = None if world.device.type == "cpu" else DeviceReader(model, dtype, own, exact=True, graphs=None)
-        super().__init__(model, dtype, steady=True, adapters=own, reader=reader)
         group = world.group("tensor")
         assert group is not None
-        self.group: ProcessGroup = group
+        own = Slices(placed(model, world.device, dtype), adapters, group)
+        reader = None if world.device.type == "cpu" else DeviceReader(model, dtype, own, exact=True, graphs=None)
+        super().__init__(model, dtype, steady=True, adapters=own, reader=reader)
+        self.group = group
         tensor.apply(model, world, product=exact.product, out=steady_sum)
         self.names = ["", *own.known]
         """Of adapters, which every rank has in this order."""
-        own.split(group.rank(), group.size(), partial(steady_sum, group=group))
         self.kv_heads //= group.size()
         self.told += f" over {group.size()} ranks"
 
@@ -120,6 +119,34 @@ class TensorRunner(TorchRunner):
                     keys[:, page], values[:, page] = 0, 0
             with self.adapters.reading([(seat.adapter, seat.stop - seat.start) for seat in seats]):
                 super().read(batch, seats, pages)
+
+
+class Slices(Adapters):
+    """What a rank needs of adapters beside its slices of the network."""
+
+    def __init__(self, model: Model, adapters: Sequence[Adapter], group: ProcessGroup) -> None:
+        super().__init__(model, [sliced(adapter, group) for adapter in adapters])
+        self.group = group
+
+    def narrow(self, module: str, x_TI: Tensor, update: Update) -> Tensor:
+        x_TR = super().narrow(module, x_TI, update)
+        return steady_sum(x_TR, self.group) if by_columns(module) else x_TR
+
+
+def by_columns(module: str) -> bool:
+    """Whether ranks share out what a projection reads, and not what it says."""
+    return split_dim(f"{module}.weight", 2) == 1
+
+
+def sliced(adapter: Adapter, group: ProcessGroup) -> Adapter:
+    """A rank's part of each `down` or `up`, as `parallel.tensor` cuts the matrix; known by the digest of the whole."""
+    size, index, updates = group.size(), group.rank(), {}
+    for module, update in adapter.updates.items():
+        if by_columns(module):
+            updates[module] = Update(update.down.chunk(size, 1)[index].clone(), update.up)
+        else:
+            updates[module] = Update(update.down, update.up.chunk(size, 0)[index].clone())
+    return replace(adapter, updates=updates)
 
 
 @contextmanager
