@@ -103,4 +103,4 @@ def test_early_workers_answer_and_one_that_died_is_replaced(started) -> None:
         assert waited[1] in processes and waited[0] not in processes and fleet.restarts == 1
     finally:
         fleet.close()
-    assert waited[1].returncode == 0
+    assert all(process.returncode is not None for process in waited)

@@ -19,7 +19,7 @@ import mmap
 import re
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -95,12 +95,6 @@ class TensorFile(ABC):
     path: Path
     entries: Mapping[str, Entry]
     metadata: Mapping[str, Any]
-    empty: Callable[..., Tensor] = staticmethod(torch.empty)
-    """Gives the memory for what is read."""
-
-    def lay(self, empty: Callable[..., Tensor]) -> None:
-        """What is read from now on lies where `empty` has it, which is called as `torch.empty` is."""
-        self.empty = empty
 
     @abstractmethod
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
@@ -132,7 +126,7 @@ class MappedFile(TensorFile):
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         entry = self._find(name)
-        out = self.empty(entry.shape, dtype=dtype or self.dtype(entry))
+        out = torch.empty(entry.shape, dtype=dtype or self.dtype(entry))
         flat, filled = out.view(-1), 0
         for raw in self._pieces(entry):
             part = self.decode(entry, raw)
@@ -194,7 +188,7 @@ class SafetensorsFile(MappedFile):
         entry = self._find(name)
         if entry.dtype != "BF16" or dtype is not torch.float32 or not entry.size or self._data is None:
             return super().read(name, dtype)
-        out = self.empty(entry.shape, dtype=dtype)
+        out = torch.empty(entry.shape, dtype=dtype)
         raw = np.frombuffer(self._data, "<u2", entry.size // 2, entry.offset)
         np.left_shift(raw, 16, out=out.view(-1).numpy().view(np.uint32), dtype=np.uint32)
         return out
@@ -223,10 +217,6 @@ class Shards(TensorFile):
     ) -> None:
         self.path, self.metadata, self._files, self._where = path, metadata, files, where
         self.entries = {name: files[file].entries[name] for name, file in where.items()}
-
-    def lay(self, empty: Callable[..., Tensor]) -> None:
-        for file in self._files.values():
-            file.lay(empty)
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         if name not in self._where:

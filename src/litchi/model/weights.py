@@ -189,18 +189,11 @@ Place = Callable[[Model], Callable[[str, Tensor], Tensor]]
 """For a network without weights: where each parameter goes, by its name, and in which type."""
 
 
-def load(
-    folder: Path,
-    *,
-    check: bool = True,
-    place: Place | None = None,
-    checked: Check | None = None,
-    empty: Callable[..., Tensor] = torch.empty,
-) -> Checkpoint:
+def load(folder: Path, *, check: bool = True, place: Place | None = None, checked: Check | None = None) -> Checkpoint:
     """Read a checkpoint in fp32. Raises BadInput, naming the file and the mend, if anything is missing or changed.
 
     With `place` parameters lie where that has them; golden logits, which are of fp32 on a CPU, are then not compared.
-    `checked` is a check of its files that has been begun already; `empty` gives the memory that weights are read into.
+    `checked` is a check of its files that has been begun already.
     """
     meta = read_meta(folder)
     if not (folder / "model").is_dir():
@@ -209,7 +202,7 @@ def load(
         files = checked or beside.submit(check_files, folder, meta if check else {"files": {}})
         processor = beside.submit(load_processor, folder / "processor")
         try:
-            model = load_model(folder, place, empty)
+            model = load_model(folder, place)
         finally:
             files.result()  # what is known of a changed file goes before what it made of the load
     log.debug("read the network")
@@ -223,14 +216,13 @@ def load(
     return Checkpoint(model, processor.result(), meta, folder)
 
 
-def load_model(folder: Path, place: Place | None = None, empty: Callable[..., Tensor] = torch.empty) -> Model:
+def load_model(folder: Path, place: Place | None = None) -> Model:
     """The network alone, in fp32 or as `place` has it, one tensor after another."""
     with torch.device("meta"), Unset():
         model = Model(load_config(folder))
     put = place(model) if place is not None else lambda _, value: value
     named = dict(model.named_parameters())
     with open_tensors(folder / "model") as tensors, torch.no_grad():
-        tensors.lay(empty)
         names = {from_hugging_face(name): name for name in tensors.entries}
         if names.keys() != named.keys():
             odd = sorted(names.keys() ^ named.keys())[:3]

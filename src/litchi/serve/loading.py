@@ -9,9 +9,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
-from litchi.model.largepages import LargePages
 from litchi.model.lowrank import Adapters
 from litchi.model.seal import Check
 from litchi.model.weights import load
@@ -47,8 +44,7 @@ def load_engine(
     where = placing(c, number)
     # Before anything is loaded, so that the ranks load beside each other.
     share = shared(folder, config, number) if config.tensor > 1 else None
-    empty = torch.empty if where else LargePages().empty  # what goes to a GPU is here for a moment only
-    loaded = load(folder, place=where, checked=files, empty=empty)
+    loaded = load(folder, place=where, checked=files)
     meanwhile()
     draft = load(Path(c.draft), place=where) if c.guess == "draft" and c.draft not in SAME else None
     weights = sha256(json.dumps(loaded.meta["files"], sort_keys=True).encode()).hexdigest()
