@@ -29,6 +29,8 @@ SMALL = ModelConfig(
 )
 PLAIN = ("-DLITCHI_PLAIN",)
 """The loops without intrinsics, which any CPU runs."""
+HALVES = ("-march=haswell",) if " avx512f " in compiled.machine() else ()
+"""AVX2, and no AVX-512 whatever this CPU has."""
 
 FORMATS: tuple[Format, ...] = ("bfloat16", "float32", "int8", "int4", "w8a8", "w4a8")
 
@@ -240,6 +242,18 @@ def test_it_is_the_network(name: str):
     for index, scores in enumerate(wanted):
         found = reading.found(index)[:, model.config.width :]
         assert float((found - scores).abs().max() / scores.abs().max()) < 2e-5
+
+
+@pytest.mark.skipif(" avx2 " not in compiled.machine(), reason="needs a CPU with AVX2")
+@pytest.mark.parametrize(("form", "keys"), [*((f, torch.bfloat16) for f in FORMATS), ("float32", torch.int8)], ids=str)
+def test_registers_of_half_the_size_give_the_bits_of_the_plain_loops(form: Format, keys: torch.dtype):
+    """Of one row, of a tile and a rest, and of many; also where this CPU has larger ones."""
+    documents = [document(150, 1, span=(10, 33)), document(5, 2), document(1, 3)]
+    halves, plain = (Subject(network(SMALL), keys, form, flags=flags) for flags in (HALVES, PLAIN))
+    for together in (documents, documents[1:], documents[2:]):
+        found, wanted = whole(halves, together), whole(plain, together)
+        for index in range(len(together)):
+            assert torch.equal(found.found(index), wanted.found(index))
 
 
 @pytest.mark.parametrize(("form", "flags"), [(f, x) for f in ("bfloat16", "int8") for x in ((), PLAIN)], ids=str)

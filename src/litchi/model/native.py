@@ -38,7 +38,14 @@ from litchi.model.vision import Tower
 
 log = logging.getLogger("litchi.start")
 
-HEADERS = ("native_product.h", "native_attention.h", "native_eight.h", "native_pack.h", "native_lora.h")
+HEADERS = (
+    "native_product.h",
+    "native_halves.h",
+    "native_attention.h",
+    "native_eight.h",
+    "native_pack.h",
+    "native_lora.h",
+)
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", *HEADERS))
 HEADS: dict[Format, Format] = {"int4": "int8", "w4a8": "w8a8"}
 """What the head is kept in, where that is not what the layers are."""

@@ -2,7 +2,8 @@
 //
 // One output has one SIMD lane, and rows share a tile only to read weights once: no arithmetic crosses from one row to
 // another, so that neither the number of rows nor their neighbours can change a bit. Build without -ffast-math and with
-// -ffp-contract=off; a fused multiply-add is written where it is meant. LITCHI_PLAIN leaves out every intrinsic.
+// -ffp-contract=off; a fused multiply-add is written where it is meant. LITCHI_PLAIN leaves out every intrinsic but
+// that of a multiply-add.
 //
 // A word is 32 bits: one fp32, a pair of bf16 or of int16, or four int8: what one step of a sum takes from a row.
 
@@ -82,6 +83,12 @@ INLINE v16 dot_pairs(v16 sum, u16x w, word x) {
 INLINE i16x dot_integers(i16x sum, u16x w, word x) {
 #if defined(__AVX512VNNI__) && !defined(LITCHI_PLAIN)
   return (i16x)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(x));
+#elif defined(__AVX2__) && !defined(LITCHI_PLAIN)
+  __m256i a[2], b[2];
+  std::memcpy(a, &sum, sizeof a), std::memcpy(b, &w, sizeof b);
+  for (int i = 0; i < 2; ++i) a[i] = _mm256_add_epi32(a[i], _mm256_madd_epi16(b[i], _mm256_set1_epi32((int)x)));
+  std::memcpy(&sum, a, sizeof sum);
+  return sum;
 #else
   return sum + ((i16x)(w << 16) >> 16) * (int32_t)(int16_t)x + ((i16x)w >> 16) * (int32_t)(int16_t)(x >> 16);
 #endif
@@ -171,6 +178,14 @@ struct Half {
   INLINE void keep(Value* to, v16 x) { *reinterpret_cast<h16*>(to) = to_bf16(x); }
 };
 
+}  // namespace
+
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__) && !defined(__AVX512F__) && !defined(LITCHI_PLAIN)
+#include "native_halves.h"
+#else
+
+namespace {
+
 // out (R, 32) += R rows times one panel of weights, [inner word][32 outputs]. An odd last value of a pair is masked, so
 // that whatever lies beside it counts for nothing.
 template <class E, int R>
@@ -241,6 +256,12 @@ void quantised_tile(const word* x, long stride, const float* scale, const float*
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) store(out + r * BLOCK, a[r]), store(out + r * BLOCK + 16, b[r]);
 }
+
+}  // namespace
+
+#endif
+
+namespace {
 
 typedef void (*Tile)(const word*, long, const word*, int, float*, long);
 typedef void (*QuantisedTile)(const word*, long, const float*, const float*, const char*, int, float*);
