@@ -1,4 +1,4 @@
-"""Four ranks on this machine for all tests of this folder, started when the first test asks."""
+"""Four ranks on this machine for all tests of this folder, started when the first test asks, ended with the last."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from litchi.parallel.crew import Crew
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def crew() -> Iterator[Crew]:
     with Crew(4) as crew:
         yield crew

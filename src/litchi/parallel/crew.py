@@ -5,6 +5,7 @@ They are started once and asked many times, because an import of torch takes sec
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import traceback
@@ -104,4 +105,5 @@ def serve(connection: Connection, threads: int) -> None:
             if not failure:
                 dist.barrier()
             dist.destroy_process_group()
+            gc.collect()  # else a network in cycles keeps its groups, and their threads, which never sleep for long
         connection.send((failure, answer))
