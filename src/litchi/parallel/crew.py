@@ -91,6 +91,7 @@ def serve(connection: Connection, threads: int) -> None:
     warnings.filterwarnings("ignore", message=".*torch.*")
     os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1"}
     torch.set_num_threads(threads)
+    runs = 0
     while True:
         try:
             function, args, place = connection.recv()
@@ -101,9 +102,12 @@ def serve(connection: Connection, threads: int) -> None:
             answer, failure = function(*args), ""
         except BaseException:  # whatever it was, whoever asked must hear of it
             answer, failure = None, traceback.format_exc()
-        if dist.is_initialized():
-            if not failure:
-                dist.barrier()
+        if (
+            dist.is_initialized() and not failure
+        ):  # else others would fail by the loss of their groups, and be heard first
+            dist.barrier()
             dist.destroy_process_group()
-            gc.collect()  # else a network in cycles keeps its groups, and their threads, which never sleep for long
         connection.send((failure, answer))
+        answer, runs = None, runs + 1
+        if runs % 8 == 0:
+            gc.collect()  # else networks in cycles keep their groups, and their threads, which never sleep for long
