@@ -104,7 +104,7 @@ def serve(connection: Connection, threads: int) -> None:
             answer, failure = None, traceback.format_exc()
         if (
             dist.is_initialized() and not failure
-        ):  # else others would fail by the loss of their groups, and be heard first
+        ):  # others would fail by lost groups, and be heard first
             dist.barrier()
             dist.destroy_process_group()
         connection.send((failure, answer))
