@@ -102,9 +102,7 @@ def serve(connection: Connection, threads: int) -> None:
             answer, failure = function(*args), ""
         except BaseException:  # whatever it was, whoever asked must hear of it
             answer, failure = None, traceback.format_exc()
-        if (
-            dist.is_initialized() and not failure
-        ):  # others would fail by lost groups, and be heard first
+        if dist.is_initialized() and not failure:  # others would fail by lost groups, and be heard first
             dist.barrier()
             dist.destroy_process_group()
         connection.send((failure, answer))
