@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("litchi.serve")
 
+GRACE = 30.0
+"""Seconds in which the first rank says itself what is wrong with a folder."""
+
 
 def muster(folder: Path, config: ServeConfig, number: int = 0) -> World:
     """Start the other ranks of `serve.tensor`, which load the folder as well, and meet them. Raises BadInput.
@@ -101,9 +104,9 @@ def main() -> None:
     try:
         model = load_model(Path(told["folder"]), where)
         runner = TensorRunner(model, dtype_of(config), world, read_adapters(model, config.model, config.adapters))
-    except BadInput:
-        threading.Event().wait()  # the first rank finds the same and says so; who ends before it takes it along
-        return
+    except BadInput as error:
+        threading.Event().wait(GRACE)  # most often the first rank finds the same; who ends before it takes it along
+        sys.exit(f"error: rank {told['rank']}: {error}")
     runner.follow(*runner.room(c.cache_tokens // c.page + 1, c.page))
 
 

@@ -205,9 +205,8 @@ class Watch:
             print(f"litchi: {blame(standings, self.size, {}, silent=silent).line}", file=sys.stderr, flush=True)
         if self.size > 1 or SUPERVISED in os.environ or self.config.hang_after:
             os._exit(HUNG)
-        self.seen = (
-            self.pace.seconds
-        )  # nobody waits for it and nobody would start it again: perhaps it is in a debugger
+        # Nobody waits for it and nobody would start it again: perhaps it is in a debugger.
+        self.seen = self.pace.seconds
 
     def standing(self, line: str = "", collective: str = "", module: str = "", failure: str = "") -> Standing:
         return Standing(
